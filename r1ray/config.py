@@ -1,0 +1,161 @@
+"""From a YAML file and `key=value` overrides to one frozen config object.
+
+    config = load_config(FinetuneConfig, "jobs/configs/finetune_lora.yaml", ["train.num_workers=2"])
+
+Precedence: override > file > field default. A value is read as YAML (`null`, `true`, `3`, `2e-5`, `[a, b]`), except that an
+exponent without a dot is a number too. An unknown key names its nearest neighbour. This module knows no field of any job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from r1ray.errors import InvalidValue, UnknownKey
+
+__all__ = ["Config", "config_hash", "dump_yaml", "keys", "load_config", "parse_arguments"]
+
+
+class Config(BaseModel):
+    """Base of every job's and deployment's config: immutable, keyword only, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+C = TypeVar("C", bound=Config)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `2e-5` as text; users mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load_config(schema: type[C], path: str | Path | None = None, overrides: Sequence[str] = ()) -> C:
+    """Read `path` (optional), apply `overrides` in order and validate.
+
+    Raises:
+        InvalidValue: the file is missing or no mapping, an override is not `key=value`, or a value breaks its field's limits.
+        UnknownKey: a key that `schema` has not; the message names the nearest one.
+    """
+    tree = _read(Path(path)) if path is not None else {}
+    for override in overrides:
+        _apply(tree, override)
+    return _validate(schema, tree, origin=str(path) if path is not None else "the command line")
+
+
+def parse_arguments(schema: type[C], description: str | None, argv: Sequence[str] | None = None) -> C:
+    """The one command line of all jobs: `--config FILE key=value ...`.
+
+    Overrides may stand before or after the option. Exits as argparse does on a malformed command line.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the job's settings; defaults where absent")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+    arguments = parser.parse_intermixed_args(argv)
+    return load_config(schema, arguments.config, arguments.overrides)
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The resolved config as YAML, fields in declaration order: what is printed once and stored in the artifact."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def config_hash(config: BaseModel) -> str:
+    """Twelve hex digits that change with any value: names the run so that the same job resumes instead of starting over."""
+    import hashlib
+
+    text = json.dumps(config.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key of `schema`, depth first; a union of configs gives the keys of each variant."""
+    for name, info in schema.model_fields.items():
+        yield prefix + name
+        for nested in _nested(info.annotation):
+            yield from keys(nested, f"{prefix}{name}.")
+
+
+def _nested(annotation: Any) -> list[type[BaseModel]]:
+    """Config classes that a field's annotation allows directly (not inside a mapping or sequence)."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    origin = getattr(annotation, "__origin__", None)
+    if isinstance(origin, type) and issubclass(origin, Mapping | Sequence | set | frozenset):
+        return []
+    return [schema for argument in get_args(annotation) for schema in _nested(argument)]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError as error:
+        raise InvalidValue(f"No config file at {path}. Give an existing YAML file, e.g. one of jobs/configs/.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidValue(f"{path} is no readable YAML: {error}. Mend the line it names.") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise InvalidValue(f"{path} holds a {type(tree).__name__}, not `key: value` lines. See jobs/configs/ for the form.")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise InvalidValue(f"Override {override!r} is not of the form key=value. Write e.g. train.learning_rate=2e-5.")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise InvalidValue(f"The value of override {override!r} is no YAML: {error}. Quote it.") from error
+    *parents, leaf = dotted.strip().split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise InvalidValue(f"Override {override!r}: {parent} is {child!r}, which has no fields. Drop .{leaf}.")
+        node = child
+    node[leaf] = value
+
+
+def _validate(schema: type[C], tree: dict[str, Any], origin: str) -> C:
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        raise _translate(schema, error, origin) from error
+
+
+def _translate(schema: type[BaseModel], error: ValidationError, origin: str) -> UnknownKey | InvalidValue:
+    """One of our errors for pydantic's list: unknown keys first, since a typo often causes the others."""
+    problems = error.errors(include_url=False)
+    unknown = [p for p in problems if p["type"] == "extra_forbidden"]
+    if unknown:
+        return UnknownKey(" ".join(_unknown_key(schema, p["loc"], origin) for p in unknown))
+    lines = [f"{_dotted(p['loc'])}: {p['msg']} (got {p.get('input')!r})." for p in problems]
+    return InvalidValue(f"In {origin}: " + " ".join(lines) + " Correct the value; each field's limits are in its config class.")
+
+
+def _unknown_key(schema: type[BaseModel], location: tuple[int | str, ...], origin: str) -> str:
+    key = _dotted(location)
+    known = list(keys(schema))
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    leaf = key.rsplit(".", 1)[-1]
+    near = near or [k for k in known if k.rsplit(".", 1)[-1] in difflib.get_close_matches(leaf, [x.rsplit(".", 1)[-1] for x in known], n=1)]
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(schema.model_fields)}."
+    return f"Unknown key {key!r} in {origin}. {hint}"
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location)

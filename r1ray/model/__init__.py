@@ -1,0 +1,1 @@
+"""What a model is: import, load, chat template pair, reasoning, adapters."""

@@ -1,0 +1,1 @@
+"""Artifact in, HTTP out: composition only; the parts are tested without Ray."""

@@ -1,0 +1,1 @@
+"""Rows and a base in, an Artifact out: Ray Train workers that run TRL trainers on DeepSpeed."""

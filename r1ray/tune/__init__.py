@@ -1,0 +1,1 @@
+"""Many runs in, the best one and the Pareto front out."""
