@@ -1,0 +1,396 @@
+"""The main job of r1ray on one machine, every step through the entry point that a user would use.
+
+    scripts/quickstart                 everything, then serves until Ctrl-C
+    scripts/quickstart --once          everything, one answer, then ends it all; exit code 0 only if each step worked
+    scripts/quickstart --data FILE     trains on your file (annotated, messages, alpaca, sharegpt, or CSV text/label)
+
+Steps: Ray head -> import -> data -> fine-tune (Ray Train, DeepSpeed) -> evaluate -> promote -> sampling sweep (Ray Tune)
+-> index -> serve (Ray Serve) -> one streamed answer. State stays in R1RAY_HOME (default ~/.r1ray): a second run resumes.
+It only starts processes and reads their results; every decision is in the jobs' config files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from r1ray import cluster
+from r1ray.errors import R1RayError, ServingError
+from r1ray.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[1]
+LOOPBACK = "127.0.0.1"
+console = Console(soft_wrap=True, highlight=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train on and how it is called: the demo, or the user's own file."""
+
+    name: str
+    train_config: str
+    data: Path
+    test: Path | None
+    question: str
+    collection: str | None
+    overrides: tuple[str, ...] = ()
+
+
+class StepFailed(R1RayError):
+    """A step's command ended with an error; its own output says why."""
+
+
+class Service:
+    """A process that stays up while the quickstart runs; stopped by its own pid, its output kept in a log file."""
+
+    def __init__(self, name: str, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+        self.name, self.log = name, log
+        self._output = log.open("wb")
+        self._process = subprocess.Popen(
+            command, stdout=self._output, stderr=subprocess.STDOUT, cwd=ROOT, env=dict(environment), start_new_session=True
+        )
+
+    def wait_for(self, url: str, timeout_s: float, *, waiting_for: str) -> None:
+        """Until `url` answers 200; says every 10 s what it is waiting for."""
+        start = time.monotonic()
+        told = start
+        while not answers(url):
+            if self._process.poll() is not None:
+                raise StepFailed(
+                    f"{self.name} ended with code {self._process.returncode} before {url} answered. Its log: {self.log}\n{self.tail()}"
+                )
+            now = time.monotonic()
+            if now - start > timeout_s:
+                raise StepFailed(f"{self.name} did not answer at {url} within {timeout_s:.0f} s. Its log: {self.log}\n{self.tail()}")
+            if now - told >= 10:
+                told = now
+                console.print(f"    waiting for {waiting_for} ({now - start:.0f} s)", style="dim")
+            time.sleep(0.25)
+
+    def tail(self, num_lines: int = 15) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-num_lines:])
+
+    def stop(self, timeout_s: float = 20) -> None:
+        """SIGTERM to the process; after `timeout_s`, SIGKILL to its whole session."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._output.close()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def free_port(preferred: int) -> int:
+    """`preferred`, or the next port nobody listens on, which is said aloud."""
+    for port in range(preferred, preferred + 50):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if probe.connect_ex((LOOPBACK, port)) == 0:
+                continue
+            with contextlib.suppress(OSError):
+                probe.bind((LOOPBACK, port))
+                if port != preferred:
+                    console.print(f"    port {preferred} is in use: taking {port}", style="dim")
+                return port
+    raise StepFailed(f"No free port in {preferred}-{preferred + 49}. End the servers that listen there.")
+
+
+@contextlib.contextmanager
+def step(title: str) -> Iterator[None]:
+    """One line when a step begins and one with its seconds when it is done."""
+    start = time.monotonic()
+    console.print(f"[bold cyan]==>[/] [bold]{title}[/]")
+    yield
+    console.print(f"    [green]done[/] in {time.monotonic() - start:.0f} s")
+
+
+def run(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Run a command, its output passed through; StepFailed on a non-zero exit."""
+    console.print("    $ " + " ".join(command), style="dim")
+    done = subprocess.run(command, cwd=ROOT, env=dict(environment), check=False)
+    if done.returncode != 0:
+        raise StepFailed(f"`{' '.join(command[:6])} ...` ended with code {done.returncode}; the reason is printed above.")
+
+
+class Quickstart:
+    """The steps in order. Holds what one leaves for the next: ports, services, the registered version."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.settings = Settings()
+        self.settings.home.mkdir(parents=True, exist_ok=True)
+        self.services: list[Service] = []
+        cluster.prepare_environment()
+        self.environment = os.environ | {"PYTHONUNBUFFERED": "1", "R1RAY_HOME": str(self.settings.home), "PYTHONWARNINGS": "ignore"}
+        self.dashboard = ""
+        self.ray_address = ""
+
+    # --- the cluster and its services
+
+    def start_ray(self) -> None:
+        ports = {"dashboard": free_port(8265), "gcs": free_port(6399), "client": free_port(10101), "agent": free_port(52465)}
+        num_cpus = max(4, os.cpu_count() or 1)
+        console.print(
+            f"    {num_cpus} logical CPUs on {os.cpu_count()} cores: trainers and servers wait more than they compute at the edges",
+            style="dim",
+        )
+        command = ["ray", "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}", f"--port={ports['gcs']}"]
+        command += [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={ports['dashboard']}", f"--ray-client-server-port={ports['client']}"]
+        command += [f"--dashboard-agent-listen-port={ports['agent']}", f"--object-store-memory={512 * 2**20}"]
+        self.dashboard = f"http://{LOOPBACK}:{ports['dashboard']}"
+        self.start("Ray head", command, f"{self.dashboard}/api/version", 90)
+        self.ray_address = f"{LOOPBACK}:{ports['gcs']}"
+        self.environment["RAY_ADDRESS"] = self.ray_address
+        console.print(f"    dashboard {self.dashboard}")
+
+    def start(self, name: str, command: Sequence[str], url: str, timeout_s: float) -> Service:
+        log = self.settings.home / "logs" / f"{name.lower().replace(' ', '-')}.log"
+        log.parent.mkdir(exist_ok=True)
+        service = Service(name, command, log, self.environment)
+        self.services.append(service)
+        service.wait_for(url, timeout_s, waiting_for=f"{name} at {url}")
+        return service
+
+    def stop(self) -> None:
+        for service in reversed(self.services):
+            service.stop()
+
+    # --- the jobs
+
+    def submit(self, job: str, config: str, *overrides: str) -> None:
+        command = ["ray", "job", "submit", f"--address={self.dashboard}", "--working-dir=.", "--log-color=false"]
+        run([*command, "--", "python", f"jobs/{job}.py", "--config", f"jobs/configs/{config}.yaml", *overrides], self.environment)
+
+    def plan(self) -> Plan:
+        if self.arguments.data:
+            return own_data(self.arguments.data.resolve(), self.arguments.test, self.settings)
+        demo = self.settings.home / "demo"
+        run(["r1ray", "demo-data", str(demo)], self.environment)
+        return Plan(
+            name="bank-assistant",
+            train_config="finetune_lora",
+            data=demo / "train.parquet",
+            test=demo / "test.parquet",
+            question="My credit card is gone, I think I lost it in Vienna. What should I do?",
+            collection="bank",
+        )
+
+    def train(self, plan: Plan) -> None:
+        self.submit("finetune", plan.train_config, f"name={plan.name}", f"data.path={plan.data}", "train.num_workers=2", *plan.overrides)
+
+    def evaluate(self, plan: Plan) -> None:
+        out = self.report_path(plan)
+        test = plan.test or self.settings.home / "data" / plan.name / "test.parquet"
+        models = f"models=[smollm2-135m-instruct, {plan.name}]"
+        self.submit("evaluate", "evaluate", models, f"data.path={test}", "limit=300", f"out={out}")
+
+    def report_path(self, plan: Plan) -> Path:
+        return self.settings.home / "reports" / f"quickstart-{plan.name}.json"
+
+    def serve(self, plan: Plan) -> str:
+        port = free_port(8000)
+        config = yaml.safe_load((ROOT / "serve_config.yaml").read_text(encoding="utf-8"))
+        config["http_options"]["port"] = port
+        model = config["applications"][0]["args"]["models"][0]
+        model |= {"id": plan.name, "ref": f"{plan.name}@production", "collection": plan.collection}
+        path = self.settings.home / "serve_config.yaml"
+        path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        url = f"http://{LOOPBACK}:{port}"
+        self.start("Serve", ["serve", "run", f"--address={self.ray_address}", str(path)], f"{url}/health", 180)
+        return url
+
+    def open_mlflow(self) -> str:
+        port = free_port(5000)
+        url = f"http://{LOOPBACK}:{port}"
+        command = [
+            "mlflow",
+            "server",
+            "--backend-store-uri",
+            self.settings.registry_uri,
+            "--host",
+            LOOPBACK,
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+        ]
+        self.start("MLflow", command, f"{url}/health", 90)
+        return url
+
+
+def own_data(data: Path, test: Path | None, settings: Settings) -> Plan:
+    """A plan for the user's file: labelled CSV -> the label recipe, anything else -> the dialogue recipe."""
+    if not data.is_file():
+        raise StepFailed(f"--data {data}: no such file. Give a JSON, JSONL, CSV or Parquet file.")
+    name = re.sub(r"[^a-z0-9]+", "-", data.stem.lower()).strip("-") or "my-data"
+    labelled = data.suffix == ".csv"
+    test = test or sibling_test_file(data)
+    console.print(
+        f"    recipe finetune_{'labels' if labelled else 'lora'}: {data.name} is {'a table of texts and labels' if labelled else 'a file of dialogues'}"
+    )
+    overrides: tuple[str, ...] = ()
+    if test is None:
+        held_out = settings.home / "data" / name
+        console.print(f"    no file of test rows beside {data.name}: holding out 10 % of it as {held_out / 'test.parquet'}")
+        run(["r1ray", "split", str(data), str(held_out)], os.environ)
+        data, test = held_out / "train.parquet", held_out / "test.parquet"
+    question = first_text(test)
+    return Plan(name, "finetune_labels" if labelled else "finetune_lora", data, test, question, None, overrides)
+
+
+def sibling_test_file(data: Path) -> Path | None:
+    """`x_train.csv` goes with `x_test.csv`, `x_dev.csv` or `x_valid.csv` in the same folder."""
+    for word in ("test", "dev", "valid", "validation"):
+        other = data.with_name(data.name.replace("train", word))
+        if other != data and other.is_file():
+            console.print(f"    evaluating on {other.name}: it stands beside {data.name}")
+            return other
+    return None
+
+
+def first_text(path: Path) -> str:
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as rows:
+            return next(csv.reader(rows), [""])[0] and next(csv.reader(rows))[0]
+    from r1ray.data.config import DataConfig
+    from r1ray.data.read import read_conversations
+
+    loaded = read_conversations(DataConfig(path=path, limit=1))
+    return next(message.content for message in loaded.conversations[0].messages if message.role == "user")
+
+
+def ask(url: str, plan: Plan) -> None:
+    """One streamed answer through the real openai client, then what it cites."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
+    console.print(f"    [bold]user[/]  {plan.question}")
+    start, first, text, cited = time.monotonic(), 0.0, "", []
+    console.print("    [bold]model[/] ", end="")
+    for chunk in client.chat.completions.create(model=plan.name, messages=[{"role": "user", "content": plan.question}], stream=True):
+        delta = (chunk.choices[0].delta.content or "") if chunk.choices else ""
+        first = first or (time.monotonic() - start if delta else 0.0)
+        text += delta
+        console.print(delta, end="", markup=False)
+        cited = getattr(chunk, "citations", None) or cited
+    console.print()
+    console.print(f"    first token after {first * 1000:.0f} ms, {len(text)} characters in {time.monotonic() - start:.1f} s", style="dim")
+    for citation in cited:
+        console.print(f"    \\[citation:{citation['index']}] {citation['source']} — {citation['heading']}", style="dim")
+    if not text.strip():
+        raise ServingError(f"{plan.name} gave an empty answer. See the replica's log in the Ray dashboard's Serve page.")
+    if plan.collection and not cited:
+        raise ServingError(f"The answer of {plan.name} cites no passage of collection {plan.collection}; expected [citation:X] in it.")
+
+
+def check_scores(report: Path) -> str:
+    """One line `base -> tuned`; StepFailed when tuning did not help."""
+    base, tuned = (entry["metrics"] for entry in json.loads(report.read_text(encoding="utf-8"))["reports"])
+    metric = next(name for name in ("intent_accuracy", "exact_match", "rouge_l") if name in tuned)
+    if tuned[metric] <= base[metric]:
+        raise StepFailed(f"{metric} did not rise: base {base[metric]:.3f}, tuned {tuned[metric]:.3f}. See {report}.")
+    return f"{metric}: base {base[metric]:.3f} -> tuned {tuned[metric]:.3f}"
+
+
+def summary(lines: Mapping[str, str]) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for name, value in lines.items():
+        table.add_row(f"[bold]{name}[/]", value)
+    console.print(table)
+
+
+def tour(quickstart: Quickstart) -> None:
+    """Every step in order; the first that fails ends the tour."""
+    environment = quickstart.environment
+    with step("1/9 Ray head with dashboard"):
+        quickstart.start_ray()
+    with step("2/9 Import SmolLM2-135M-Instruct (GGUF -> safetensors, once)"):
+        run(["r1ray", "import", "smollm2"], environment)
+    with step("3/9 Data"):
+        plan = quickstart.plan()
+    with step(f"4/9 Fine-tune {plan.name}: Ray Train, 2 workers, DeepSpeed ZeRO, LoRA"):
+        quickstart.train(plan)
+    with step("5/9 Evaluate base and tuned on held-out rows"):
+        quickstart.evaluate(plan)
+        scores = check_scores(quickstart.report_path(plan))
+    with step("6/9 Promote"):
+        run(["r1ray", "promote", plan.name], environment)
+    with step("7/9 Sampling sweep: Ray Tune over a few settings"):
+        quickstart.submit(
+            "sweep_sampling", "sweep_sampling", f"model={plan.name}@production", f"data.path={plan.test}", "num_samples=4", "limit=24"
+        )
+    with step("8/9 Index the knowledge base and serve"):
+        if plan.collection:
+            quickstart.submit(
+                "index_corpus", "index_corpus", f"sources=[{plan.data.parent / 'knowledge'}]", f"collection={plan.collection}"
+            )
+        url = quickstart.serve(plan)
+    with step("9/9 One streamed answer through the openai client"):
+        ask(url, plan)
+        mlflow = quickstart.open_mlflow()
+    console.print()
+    summary(
+        {
+            "scores": scores,
+            "API": f"{url}/v1  (OpenAI protocol, model {plan.name})",
+            "Ray dashboard": quickstart.dashboard,
+            "MLflow": mlflow,
+        }
+    )
+
+
+def main() -> int:
+    """0 when every step worked; 1 with the reason otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--once", action="store_true", help="end everything after the first answer")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="train on this file in place of the demo")
+    parser.add_argument("--test", type=Path, metavar="FILE", help="evaluate on this file; default: a sibling of --data, else 10 %% of it")
+    quickstart = Quickstart(parser.parse_args())
+    start = time.monotonic()
+    try:
+        tour(quickstart)
+        console.print(f"[green]All steps done in {time.monotonic() - start:.0f} s.[/]")
+        if not quickstart.arguments.once:
+            console.print("Serving until Ctrl-C.")
+            signal.pause()
+    except KeyboardInterrupt:
+        console.print("\nstopping")
+    except R1RayError as error:
+        console.print(f"[red]{type(error).__name__}[/]: {error}", markup=True)
+        return 1
+    finally:
+        with step("Stopping what was started"):
+            quickstart.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
