@@ -280,8 +280,9 @@ def first_text(path: Path) -> str:
     if path.suffix == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as rows:
             return next(csv.reader(rows), [""])[0] and next(csv.reader(rows))[0]
-    from r1ray.data.config import DataConfig
     from r1ray.data.read import read_conversations
+
+    from r1ray.data.config import DataConfig
 
     loaded = read_conversations(DataConfig(path=path, limit=1))
     return next(message.content for message in loaded.conversations[0].messages if message.role == "user")
