@@ -28,6 +28,8 @@
     │   ├── PromptTooLong           prompt (and wanted tokens) exceed the context
     │   ├── QueueFull               no room for another request; retry later
     │   ├── UnknownAdapter          the replica has not loaded that adapter
+    │   ├── InvalidRequest          an empty prompt, an id outside the vocabulary, a request id in use
+    │   ├── GenerationFailed        the model gave no usable logits for one request
     │   └── EngineStopped           the engine died or was shut down while the request ran
     ├── EvaluationError             an evaluation set or task that cannot be scored
     ├── TuningError                 a search that cannot run or has no finished trial
@@ -53,6 +55,8 @@ __all__ = [
     "EngineError",
     "EngineStopped",
     "EvaluationError",
+    "GenerationFailed",
+    "InvalidRequest",
     "InvalidValue",
     "MissingColumn",
     "ModelError",
@@ -160,6 +164,12 @@ class QueueFull(EngineError): ...
 
 
 class UnknownAdapter(EngineError): ...
+
+
+class InvalidRequest(EngineError): ...
+
+
+class GenerationFailed(EngineError): ...
 
 
 class EngineStopped(EngineError): ...

@@ -51,7 +51,6 @@ class Plan:
     test: Path | None
     question: str
     collection: str | None
-    overrides: tuple[str, ...] = ()
 
 
 class StepFailed(R1RayError):
@@ -204,7 +203,7 @@ class Quickstart:
         )
 
     def train(self, plan: Plan) -> None:
-        self.submit("finetune", plan.train_config, f"name={plan.name}", f"data.path={plan.data}", "train.num_workers=2", *plan.overrides)
+        self.submit("finetune", plan.train_config, f"name={plan.name}", f"data.path={plan.data}", "train.num_workers=2")
 
     def evaluate(self, plan: Plan) -> None:
         out = self.report_path(plan)
@@ -253,17 +252,15 @@ def own_data(data: Path, test: Path | None, settings: Settings) -> Plan:
     name = re.sub(r"[^a-z0-9]+", "-", data.stem.lower()).strip("-") or "my-data"
     labelled = data.suffix == ".csv"
     test = test or sibling_test_file(data)
-    console.print(
-        f"    recipe finetune_{'labels' if labelled else 'lora'}: {data.name} is {'a table of texts and labels' if labelled else 'a file of dialogues'}"
-    )
-    overrides: tuple[str, ...] = ()
+    recipe, why = ("finetune_labels", "a table of texts and labels") if labelled else ("finetune_lora", "a file of dialogues")
+    console.print(f"    recipe {recipe}: {data.name} is {why}")
     if test is None:
         held_out = settings.home / "data" / name
         console.print(f"    no file of test rows beside {data.name}: holding out 10 % of it as {held_out / 'test.parquet'}")
         run(["r1ray", "split", str(data), str(held_out)], os.environ)
         data, test = held_out / "train.parquet", held_out / "test.parquet"
     question = first_text(test)
-    return Plan(name, "finetune_labels" if labelled else "finetune_lora", data, test, question, None, overrides)
+    return Plan(name, recipe, data, test, question, None)
 
 
 def sibling_test_file(data: Path) -> Path | None:
