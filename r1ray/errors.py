@@ -18,6 +18,7 @@
     │   └── AdapterMismatch         the adapter belongs to another base model
     ├── DataError
     │   ├── UnknownFormat           neither the extension nor the content says what the file is
+    │   ├── WrongEncoding           text that is not UTF-8; names the encoding it seems to have
     │   ├── MissingColumn           a table without the columns its format needs
     │   ├── TooManyBadRows          more invalid rows than the configured share
     │   └── NothingToTrain          no row, or no token that carries loss
@@ -78,6 +79,7 @@ __all__ = [
     "UnknownKey",
     "UnsupportedModel",
     "VersionNotFound",
+    "WrongEncoding",
 ]
 
 
@@ -134,6 +136,9 @@ class DataError(R1RayError): ...
 
 
 class UnknownFormat(DataError): ...
+
+
+class WrongEncoding(DataError): ...
 
 
 class MissingColumn(DataError): ...

@@ -1,0 +1,40 @@
+"""What a training or evaluation set is and how strictly it is read. Knows no file: reading is `read`'s.
+
+A job nests this as `data`, so its keys are `data.path`, `data.format`, ... on the command line.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from r1ray.config import Config
+
+__all__ = ["DataConfig", "Format"]
+
+Format = Literal["annotated", "messages", "alpaca", "sharegpt", "labelled"]
+
+
+class DataConfig(Config):
+    """One set of dialogues: a file, or a directory whose files are read in name order."""
+
+    path: Path = Field(description="JSON, JSONL, CSV or Parquet file, or a directory of them.")
+    format: Literal["auto"] | Format = Field(default="auto", description="Row format; auto looks at the columns of the first rows.")
+    text_column: str = Field(default="text", min_length=1, description="Labelled rows: the column with the customer's words.")
+    label_column: str | None = Field(
+        default=None, min_length=1, description="Labelled rows: the column of the label; null: label or category."
+    )
+    labels: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="Labelled rows: the allowed labels; null allows every label."
+    )
+    role_order: Literal["strict", "repair"] = Field(
+        default="strict",
+        description="strict refuses a dialogue whose turns do not alternate; repair joins repeated turns and drops what has no partner.",
+    )
+    max_bad_share: float = Field(default=0.01, ge=0, le=1, description="Share of invalid rows above which the job fails.")
+    rejects: Path | None = Field(default=None, description="Where invalid rows are reported as JSON lines; null writes no file.")
+    system_prompt: str | None = Field(default=None, description="System message where a dialogue has none, put in by the chat template.")
+    limit: int | None = Field(default=None, ge=1, description="Use this many dialogues, a seeded sample in file order; null uses all.")
+    seed: int = Field(default=0, description="Chooses the sample of `limit`.")

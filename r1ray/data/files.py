@@ -1,0 +1,214 @@
+"""JSON, JSON Lines, CSV and Parquet files as a stream of raw rows. Knows no dialogue format.
+
+What a file is comes from its first bytes, the name only decides between CSV and nothing: exports are often misnamed.
+A row that its file breaks (half a JSON line, a field too many) is a RawRow with a `problem`, so that no row is lost; a file that
+cannot be read at all raises.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from r1ray.data.records import RawRow
+from r1ray.errors import InvalidValue, NothingToTrain, UnknownFormat, WrongEncoding
+
+__all__ = ["data_files", "rows_of"]
+
+_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+_BOM = b"\xef\xbb\xbf"
+_HEAD_BYTES = 4096
+_BATCH_ROWS = 1024
+
+csv.field_size_limit(64 * 1024 * 1024)  # a dialogue pasted into one cell may exceed the default 128 KiB
+
+
+def data_files(path: Path) -> list[Path]:
+    """`path` itself, or the data files below it in name order.
+
+    Raises:
+        InvalidValue: nothing is there.
+        NothingToTrain: a directory without any data file.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise InvalidValue(f"No data at {path}. Set data.path to an existing file or directory.")
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and not p.name.startswith("."))
+    if not found:
+        raise NothingToTrain(f"{path} holds no {', '.join(_SUFFIXES)} file. Set data.path to where the data is.")
+    return found
+
+
+def rows_of(path: Path) -> Iterator[RawRow]:
+    """Every row of one file, in order; JSON Lines, CSV and Parquet are streamed.
+
+    Raises:
+        NothingToTrain: the file is empty.
+        UnknownFormat: neither content nor name says what it is, or it is broken as a whole.
+        WrongEncoding: text that is not UTF-8.
+    """
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if not head.removeprefix(_BOM).strip():
+        raise NothingToTrain(f"{path} is empty. Set data.path to a file with at least one dialogue.")
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise WrongEncoding(f"{path} is UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8 {path.name}.")
+    start = head.removeprefix(_BOM).lstrip()[:1]
+    if head.startswith(b"PAR1"):
+        return _parquet(path)
+    if start == b"[":
+        return _array(path)
+    if start == b"{":
+        return _lines(path) if _holds_lines(path) else _array(path)
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        return _lines(path)
+    if path.suffix.lower() in (".csv", ".tsv", ".txt"):
+        return _table(path)
+    raise UnknownFormat(f"{path} is no JSON, JSON Lines, CSV or Parquet. Convert it to one of them, or correct its extension.")
+
+
+def _holds_lines(path: Path) -> bool:
+    """A file of objects is JSON Lines unless its first object spans several lines or stands alone in a .json file."""
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        return True
+    with path.open("rb") as file:
+        lines = (line for _, line in _text_lines(file, path) if line.strip())
+        try:
+            json.loads(next(lines))
+        except ValueError:
+            return False
+        return next(lines, None) is not None
+
+
+def _lines(path: Path) -> Iterator[RawRow]:
+    with path.open("rb") as file:
+        for number, line in _text_lines(file, path):
+            if not line.strip():
+                continue
+            try:
+                yield _raw(path, number, json.loads(line))
+            except (ValueError, RecursionError) as error:
+                yield RawRow(file=str(path), row=number, values={}, problem=f"no JSON: {error}")
+
+
+def _array(path: Path) -> Iterator[RawRow]:
+    try:
+        tree = json.loads(_decode(path.read_bytes().removeprefix(_BOM), path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UnknownFormat(f"{path} is no complete JSON: {error}. Mend it, or export JSON Lines, where one bad row costs one.") from error
+    if isinstance(tree, dict):
+        tree = tree["data"] if isinstance(tree.get("data"), list) else [tree]
+    for position, value in enumerate(tree, start=1):
+        yield _raw(path, position, value)
+
+
+def _table(path: Path) -> Iterator[RawRow]:
+    """CSV rows; the header is spreadsheet row 1. Blank rows are skipped as spreadsheets do."""
+    with path.open("rb") as file:
+        lines = _Counted(_text_lines(file, path))
+        first = next(lines)
+        reader = csv.reader(_chained(first, lines), delimiter=_delimiter(first), strict=True)
+        header = [name.strip() for name in next(reader)]
+        number = 1
+        while True:
+            start = lines.count + 1
+            number += 1
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield from _broken(path, number, lines.count - start + 1, error)
+                number += lines.count - start
+                continue
+            if any(field.strip() for field in fields):
+                yield _record(path, number, header, fields)
+
+
+def _broken(path: Path, number: int, num_lines: int, error: csv.Error) -> Iterator[RawRow]:
+    """One problem per swallowed line: an unclosed quote eats the rows after it, and each of them is lost to the user."""
+    for offset in range(max(num_lines, 1)):
+        reason = f"no CSV: {error}" if offset == 0 else f"inside a quote that row {number} opens and nothing closes"
+        yield RawRow(file=str(path), row=number + offset, values={}, problem=reason)
+
+
+def _record(path: Path, number: int, header: list[str], fields: list[str]) -> RawRow:
+    if len(fields) != len(header):
+        problem = f"{len(fields)} fields where the header has {len(header)}; quote a field that holds the delimiter"
+        return RawRow(file=str(path), row=number, values={}, problem=problem)
+    return RawRow(file=str(path), row=number, values=dict(zip(header, fields, strict=True)))
+
+
+def _parquet(path: Path) -> Iterator[RawRow]:
+    try:
+        source = pq.ParquetFile(path)
+        position = 0
+        for batch in source.iter_batches(batch_size=_BATCH_ROWS):
+            for values in batch.to_pylist():
+                position += 1
+                yield RawRow(file=str(path), row=position, values=values)
+    except (pa.ArrowException, OSError) as error:
+        raise UnknownFormat(f"{path} is a broken Parquet file: {error}. Write it again.") from error
+
+
+def _raw(path: Path, row: int, value: object) -> RawRow:
+    if isinstance(value, Mapping):
+        values: Mapping[str, Any] = value
+        return RawRow(file=str(path), row=row, values=values)
+    return RawRow(file=str(path), row=row, values={}, problem=f"a JSON {type(value).__name__}, not an object")
+
+
+class _Counted(Iterator[str]):
+    """Lines with their count so far: a csv reader's own count restarts nowhere but is wrong after an error."""
+
+    def __init__(self, numbered: Iterator[tuple[int, str]]) -> None:
+        self._numbered = numbered
+        self.count = 0
+
+    def __next__(self) -> str:
+        self.count, line = next(self._numbered)
+        return line
+
+
+def _chained(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _text_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(file, start=1):
+        yield number, _decode(line.removeprefix(_BOM) if number == 1 else line, path, number)
+
+
+def _decode(data: bytes, path: Path, row: int | None = None) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = f"line {row}" if row is not None else f"byte {error.start}"
+        guess = _guess(path)
+        advice = f"Convert it: iconv -f {guess} -t UTF-8 {path.name}." if guess else "Export it as UTF-8."
+        kind = f"it reads as {guess}" if guess else "its encoding is unknown"
+        raise WrongEncoding(f"{path} is not UTF-8 (byte 0x{data[error.start]:02x} in {where}); {kind}. {advice}") from error
+
+
+def _guess(path: Path) -> str | None:
+    """GBK when the whole file decodes as it and shows Chinese characters; a Latin-1 file decodes as GBK by chance only."""
+    try:
+        text = path.read_bytes().decode("gb18030")
+    except UnicodeDecodeError:
+        return None
+    wide = [c for c in text if ord(c) > 127]
+    chinese = sum("\u4e00" <= c <= "\u9fff" or c in "，。？！：；“”、（）" for c in wide)
+    return "GBK" if wide and chinese >= 0.9 * len(wide) else None
+
+
+def _delimiter(header: str) -> str:
+    """The candidate that the header line holds most often; a comma when none occurs (one column)."""
+    return max(",\t;", key=lambda candidate: (header.count(candidate), candidate == ","))

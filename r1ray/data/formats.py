@@ -1,0 +1,255 @@
+"""The five row formats: which one a row is in, and the dialogue it holds. Knows no file and no sampling.
+
+    annotated  {"conversation_id", "utterances": [{"role", "text", "annotations": {"intent", "entities"}}]}   (seed 004)
+    messages   {"messages": [{"role", "content"}]}            OpenAI, content parts and reasoning_content included
+    alpaca     {"instruction", "input", "output"}             optional system and history
+    sharegpt   {"conversations": [{"from", "value"}]}         optional system
+    labelled   {"text", "label"} or {"text", "category"}      the answer is the label in words
+
+A parser takes a row's values and gives the id (None: take it from the content) and the turns, or raises BadRow with the reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from r1ray.data.config import DataConfig, Format
+from r1ray.data.records import BadRow
+from r1ray.errors import MissingColumn
+from r1ray.types import Annotations, EntityValue, Message, Role
+
+__all__ = ["Parser", "detect", "parser"]
+
+Parser = Callable[[Mapping[str, Any]], tuple[str | None, list[Message]]]
+
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "customer": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "agent": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+_NEEDS: dict[Format, tuple[str, ...]] = {
+    "annotated": ("utterances",),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+}
+_LABEL_COLUMNS = ("label", "category")
+
+
+def detect(columns: Sequence[str], config: DataConfig, file: str) -> Format:
+    """The configured format, or the first whose columns are there.
+
+    Raises:
+        MissingColumn: the columns its format needs are not there; names what was found and the keys to set.
+    """
+    if config.format != "auto":
+        return _checked(config.format, columns, config, file)
+    for name, needs in _NEEDS.items():
+        if all(need in columns for need in needs):
+            return name
+    if config.text_column in columns and _label_column(columns, config) is not None:
+        return "labelled"
+    forms = "; ".join(f"{name}: {', '.join(needs)}" for name, needs in _NEEDS.items())
+    raise MissingColumn(
+        f"{file} has the columns {_listed(columns)}, which fit no format ({forms}; labelled: {_wanted(config)}). "
+        "For labelled rows set data.text_column and data.label_column to two of its columns; else rename the columns."
+    )
+
+
+def parser(name: Format, columns: Sequence[str], config: DataConfig) -> Parser:
+    """The parser of a detected format, bound to its columns."""
+    if name != "labelled":
+        return _PARSERS[name]
+    label_column = _label_column(columns, config) or _LABEL_COLUMNS[0]
+    return lambda values: _labelled(values, label_column, config)
+
+
+def _checked(name: Format, columns: Sequence[str], config: DataConfig, file: str) -> Format:
+    if name == "labelled":
+        missing = [] if config.text_column in columns else [config.text_column]
+        missing += [] if _label_column(columns, config) else [config.label_column or " or ".join(_LABEL_COLUMNS)]
+        advice = "Set data.text_column and data.label_column to two of its columns."
+    else:
+        missing = [need for need in _NEEDS[name] if need not in columns]
+        advice = "Set data.format to the file's format, or rename its columns."
+    if missing:
+        raise MissingColumn(f"{file} has no column {', '.join(missing)} for format {name}; it has {_listed(columns)}. {advice}")
+    return name
+
+
+def _label_column(columns: Sequence[str], config: DataConfig) -> str | None:
+    wanted = (config.label_column,) if config.label_column else _LABEL_COLUMNS
+    return next((name for name in wanted if name in columns), None)
+
+
+def _wanted(config: DataConfig) -> str:
+    return f"{config.text_column}, {config.label_column or ' or '.join(_LABEL_COLUMNS)}"
+
+
+def _listed(columns: Sequence[str]) -> str:
+    return ", ".join(columns[:20]) if columns else "none"
+
+
+def _annotated(values: Mapping[str, Any]) -> tuple[str | None, list[Message]]:
+    turns = _turns(values, "utterances")
+    return _id(values), [
+        _message(turn.get("role"), turn.get("text"), turn.get("reasoning"), _annotations(turn.get("annotations"))) for turn in turns
+    ]
+
+
+def _messages(values: Mapping[str, Any]) -> tuple[str | None, list[Message]]:
+    return _id(values), [_openai(turn) for turn in _turns(values, "messages")]
+
+
+def _openai(turn: Mapping[str, Any]) -> Message:
+    if turn.get("tool_calls") and not turn.get("content"):
+        raise BadRow("an assistant turn holds only tool_calls; write the call into its content")
+    reasoning = turn.get("reasoning_content") or turn.get("reasoning")
+    return _message(turn.get("role"), _joined(turn.get("content")), reasoning, _annotations(turn.get("annotations")))
+
+
+def _joined(content: object) -> object:
+    """OpenAI content parts as one text; anything else is passed on for `_text` to judge."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") not in ("text", "input_text", "output_text"):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise BadRow(f"content part of type {kind!r}; only text parts can be trained on")
+        texts.append(_text(part.get("text"), "content part"))
+    return "".join(texts)
+
+
+def _sharegpt(values: Mapping[str, Any]) -> tuple[str | None, list[Message]]:
+    turns = _turns(values, "conversations")
+    messages = [_message(turn.get("from", turn.get("role")), turn.get("value", turn.get("content")), None, None) for turn in turns]
+    return _id(values), _with_system(values, messages)
+
+
+def _alpaca(values: Mapping[str, Any]) -> tuple[str | None, list[Message]]:
+    messages: list[Message] = []
+    for pair in values.get("history") or ():
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise BadRow("history is no list of [question, answer] pairs")
+        messages += [_message("user", pair[0], None, None), _message("assistant", pair[1], None, None)]
+    question = _text(values.get("instruction"), "instruction")
+    extra = values.get("input") or ""
+    question = f"{question}\n\n{_text(extra, 'input')}" if extra else question
+    messages += [_message("user", question, None, None), _message("assistant", values.get("output"), None, None)]
+    return _id(values), _with_system(values, messages)
+
+
+def _labelled(values: Mapping[str, Any], label_column: str, config: DataConfig) -> tuple[str | None, list[Message]]:
+    text = _text(values.get(config.text_column), config.text_column)
+    raw = values.get(label_column)
+    label = _text(str(raw) if isinstance(raw, int) and not isinstance(raw, bool) else raw, label_column).strip()
+    if config.labels is not None and label not in config.labels:
+        near = difflib.get_close_matches(label, config.labels, n=1, cutoff=0.0)
+        raise BadRow(f"unknown label {label!r}; the nearest of the {len(config.labels)} allowed is {near[0]!r}")
+    answer = Message(role="assistant", content=label.replace("_", " "), annotations=Annotations(intent=label))
+    return _id(values), [Message(role="user", content=text.strip()), answer]
+
+
+_PARSERS: dict[Format, Parser] = {"annotated": _annotated, "messages": _messages, "sharegpt": _sharegpt, "alpaca": _alpaca}
+
+
+def _id(values: Mapping[str, Any]) -> str | None:
+    for name in ("conversation_id", "id"):
+        if isinstance(values.get(name), str | int) and str(values[name]).strip():
+            return str(values[name])
+    return None
+
+
+def _turns(values: Mapping[str, Any], column: str) -> list[Mapping[str, Any]]:
+    turns = values.get(column)
+    if isinstance(turns, str):  # a CSV cell
+        try:
+            turns = json.loads(turns)
+        except ValueError as error:
+            raise BadRow(f"{column} is no JSON: {error}") from error
+    if not isinstance(turns, list):
+        raise BadRow(f"{column} is {_named(turns)}, not a list of turns")
+    if not turns:
+        raise BadRow(f"{column} is empty")
+    for position, turn in enumerate(turns, start=1):
+        if not isinstance(turn, Mapping):
+            raise BadRow(f"turn {position} is {_named(turn)}, not an object")
+    return turns
+
+
+def _with_system(values: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    system = values.get("system") or values.get("system_prompt")
+    return [_message("system", system, None, None), *messages] if system else messages
+
+
+def _message(role: object, text: object, reasoning: object, annotations: Annotations | None) -> Message:
+    """One turn. In assistant text `<think>...</think>` becomes the reasoning; R1's outputs often lack the opening tag."""
+    known = _ROLES.get(role) if isinstance(role, str) else None
+    if known is None:
+        raise BadRow(f"unknown role {role!r}; known are {', '.join(_ROLES)}")
+    content = _text(text, f"{known} turn")
+    thought = _text(reasoning, "reasoning") if reasoning else None
+    if known == "assistant" and thought is None and "</think>" in content:
+        from r1ray.model.reasoning import split
+
+        thought, content = split(content, "<think>" not in content)
+        thought = thought or None
+    return Message(role=known, content=content, reasoning=thought, annotations=annotations)
+
+
+def _text(value: object, what: str) -> str:
+    if value is None:
+        raise BadRow(f"{what} without text")
+    if not isinstance(value, str):
+        raise BadRow(f"{what} is {_named(value)}, not text")
+    if not value.strip():
+        raise BadRow(f"{what} with empty text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{what} holds half a surrogate pair at character {error.start}") from error
+    return value
+
+
+def _annotations(value: object) -> Annotations | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise BadRow(f"annotations is {_named(value)}, not an object")
+    intent = value.get("intent")
+    if intent is not None:
+        intent = _text(intent, "intent")
+    entities = value.get("entities")
+    if isinstance(entities, str):  # our own Parquet schema stores them as JSON
+        entities = json.loads(entities)
+    if entities is not None and not isinstance(entities, Mapping):
+        raise BadRow(f"entities is {_named(entities)}, not an object")
+    kept = {str(name): _entity(str(name), entity) for name, entity in (entities or {}).items() if entity is not None}
+    return Annotations(intent=intent, entities=kept) if intent or kept else None
+
+
+def _entity(name: str, value: object) -> EntityValue:
+    if isinstance(value, str):
+        return _text(value, f"entity {name}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRow(f"entity {name} is {value}, no number")
+    if not isinstance(value, bool | int | float):
+        raise BadRow(f"entity {name} is {_named(value)}; give text, a number or true/false")
+    return value
+
+
+def _named(value: object) -> str:
+    return "missing" if value is None else f"a {type(value).__name__}"

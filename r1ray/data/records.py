@@ -1,0 +1,47 @@
+"""What readers pass on: a raw row with its place, a rejected row with its reason, a loaded set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from r1ray.data.config import Format
+from r1ray.types import Conversation
+
+__all__ = ["BadRow", "Loaded", "RawRow", "Reject"]
+
+
+class BadRow(Exception):
+    """A row that is no dialogue; the text is the reason. Never leaves the package: `read` turns it into a Reject."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawRow:
+    """One row as its file holds it. `problem` is set, and `values` empty, where the file itself is broken at this row."""
+
+    file: str
+    row: int
+    values: Mapping[str, Any]
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reject:
+    """A row that was left out. `row` is the line of a JSON Lines file, the spreadsheet row of a CSV file (the header is 1),
+    else the position counted from 1."""
+
+    file: str
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A set in memory: with no limit, `len(conversations) + len(rejects) == num_rows`."""
+
+    conversations: tuple[Conversation, ...]
+    rejects: tuple[Reject, ...]
+    data_hash: str
+    formats: tuple[Format, ...]
+    num_rows: int

@@ -1,0 +1,93 @@
+"""Conversations as a pyarrow table, and the hash that names a set of them. Knows no file.
+
+One row is one dialogue in seed 004's annotated form, plus `reasoning` and `source`. Entities are one JSON text per turn:
+a column type per entity would make the schema depend on the data, and a map would lose the values' types.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from r1ray.types import Annotations, Conversation, Message
+
+__all__ = ["SCHEMA", "canonical", "content_id", "data_hash", "from_table", "to_table"]
+
+_ANNOTATIONS = pa.struct([pa.field("intent", pa.string()), pa.field("entities", pa.string(), nullable=False)])
+_UTTERANCE = pa.struct(
+    [
+        pa.field("role", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("reasoning", pa.string()),
+        pa.field("annotations", _ANNOTATIONS),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        pa.field("conversation_id", pa.string(), nullable=False),
+        pa.field("utterances", pa.list_(_UTTERANCE), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+    ]
+)
+
+
+def to_table(conversations: Sequence[Conversation]) -> pa.Table:
+    """One row per conversation, in order."""
+    return pa.Table.from_pylist([_row(c) for c in conversations], schema=SCHEMA)
+
+
+def from_table(table: pa.Table) -> tuple[Conversation, ...]:
+    """Inverse of `to_table`: equal records, sources included."""
+    return tuple(_conversation(row) for row in table.to_pylist())
+
+
+def canonical(conversation: Conversation) -> str:
+    """The dialogue's content as one JSON text: equal for equal turns, whatever file, format or id they came with."""
+    turns = [[m.role, m.content, m.reasoning, _plain(m.annotations)] for m in conversation.messages]
+    return json.dumps(turns, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def content_id(messages: tuple[Message, ...]) -> str:
+    """Sixteen hex digits for a dialogue whose file gives it no id."""
+    return hashlib.sha256(canonical(Conversation(id="", messages=messages)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def data_hash(conversations: Iterable[Conversation]) -> str:
+    """sha256 over the canonical rows in order: what a manifest stores as the training data's identity."""
+    digest = hashlib.sha256()
+    for conversation in conversations:
+        digest.update(canonical(conversation).encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+def _row(conversation: Conversation) -> dict[str, Any]:
+    utterances = [
+        {"role": m.role, "text": m.content, "reasoning": m.reasoning, "annotations": _stored(m.annotations)} for m in conversation.messages
+    ]
+    return {"conversation_id": conversation.id, "utterances": utterances, "source": conversation.source}
+
+
+def _conversation(row: Mapping[str, Any]) -> Conversation:
+    messages = tuple(
+        Message(role=u["role"], content=u["text"], reasoning=u["reasoning"], annotations=_restored(u["annotations"]))
+        for u in row["utterances"]
+    )
+    return Conversation(id=row["conversation_id"], messages=messages, source=row["source"])
+
+
+def _plain(annotations: Annotations | None) -> dict[str, Any] | None:
+    return None if annotations is None else {"intent": annotations.intent, "entities": dict(annotations.entities)}
+
+
+def _stored(annotations: Annotations | None) -> dict[str, Any] | None:
+    if annotations is None:
+        return None
+    return {"intent": annotations.intent, "entities": json.dumps(dict(annotations.entities), ensure_ascii=False)}
+
+
+def _restored(stored: Mapping[str, Any] | None) -> Annotations | None:
+    return None if stored is None else Annotations(intent=stored["intent"], entities=json.loads(stored["entities"]))
