@@ -1,0 +1,37 @@
+"""What every engine checks before it takes a request: one set of rules and error texts for all of them."""
+
+from __future__ import annotations
+
+import logging
+
+from r1ray.engine.protocol import GenerationRequest
+from r1ray.errors import InvalidRequest, PromptTooLong
+
+__all__ = ["check_prompt", "clipped_max_tokens"]
+
+log = logging.getLogger(__name__)
+
+
+def check_prompt(request: GenerationRequest, *, context_length: int, vocab_size: int | None = None) -> None:
+    """Raises InvalidRequest (empty, or an id outside the vocabulary) or PromptTooLong (no room for one token)."""
+    num_prompt = len(request.prompt_ids)
+    if num_prompt == 0:
+        raise InvalidRequest(f"Request {request.id} has an empty prompt. Send at least one token.")
+    if num_prompt >= context_length:
+        raise PromptTooLong(
+            f"The prompt of {num_prompt} tokens leaves no room in the context of {context_length} tokens. "
+            f"Shorten it to at most {context_length - 1} tokens."
+        )
+    if vocab_size is not None and not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab_size:
+        wrong = next(i for i in request.prompt_ids if not 0 <= i < vocab_size)
+        raise InvalidRequest(f"Request {request.id} holds token id {wrong}; the vocabulary has 0 to {vocab_size - 1}. Use its tokenizer.")
+
+
+def clipped_max_tokens(request: GenerationRequest, *, context_length: int) -> int:
+    """Tokens that this request may draw: what it wants or what the context leaves, whichever is less."""
+    room = context_length - len(request.prompt_ids)
+    wanted = request.sampling.max_tokens
+    if wanted > room:
+        num_prompt = len(request.prompt_ids)
+        log.info("request %s: max_tokens %d clipped to %d (prompt %d, context %d)", request.id, wanted, room, num_prompt, context_length)
+    return min(wanted, room)

@@ -1,0 +1,108 @@
+"""The seam between token ids and everything above: what any engine takes, yields and raises.
+
+    async with contextlib.aclosing(engine.generate(request)) as chunks:
+        async for chunk in chunks: ...
+
+An engine knows no text, no chat template and no HTTP; the server and the evaluator know no model. Who implements it is `create.py`'s
+business (the in-house engine, a fake; later stages of a pipeline, ONNX, vLLM).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+from r1ray.types import Sampling
+
+__all__ = ["Engine", "EngineState", "EngineStats", "FinishReason", "GenerationRequest", "TokenChunk"]
+
+FinishReason = Literal["stop", "length", "abort"]
+EngineState = Literal["new", "running", "draining", "stopped", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One generation. `sampling.stop` (texts) is not the engine's: it sees token ids only, so the caller watches for them and aborts.
+
+    `stop_token_ids` end the answer in addition to the model's own end-of-text ids; `ignore_eos` disregards both. `min_tokens` keeps
+    both from being drawn before that many tokens. A lower `priority` starts sooner; equal ones start in order of arrival.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    stop_token_ids: tuple[int, ...] = ()
+    adapter: str | None = None
+    priority: int = 0
+    ignore_eos: bool = False
+    min_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenChunk:
+    """Tokens drawn since the last chunk. The last chunk of a stream, and no other, has a finish_reason; its token_ids may be empty.
+
+    The token that ended an answer (`stop`) is not among the ids, so that they decode to the answer and nothing else.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    num_prompt_tokens: int
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A snapshot: gauges first, then counters since the start. `error` says why when `state` is failed."""
+
+    state: EngineState
+    num_slots: int
+    num_free_slots: int
+    num_running: int
+    num_waiting: int
+    max_waiting: int
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_finished: int = 0
+    num_aborted: int = 0
+    num_failed: int = 0
+    num_steps: int = 0
+    error: str | None = None
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Every method may be called from any event loop of the process; a stream belongs to the loop that iterates over it."""
+
+    capabilities: frozenset[str]
+    context_length: int
+
+    async def start(self) -> None:
+        """Make it ready to generate; a second call does nothing."""
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
+        """Stream one answer. Closing the generator or cancelling its task aborts the request and frees its slot within one step.
+
+        Raises at the first `__anext__`:
+            InvalidRequest: an empty prompt, an id outside the vocabulary, or a request id that is already running.
+            PromptTooLong: the prompt leaves no room for one token of the context. (A too large max_tokens is clipped to the context.)
+            QueueFull: `max_waiting` requests wait already.
+            UnknownAdapter: no adapter of that name was loaded.
+        Raises at any time:
+            GenerationFailed: the model gave no usable logits for this request; the others run on.
+            EngineStopped: the engine died or was stopped.
+        """
+
+    async def abort(self, request_id: str) -> None:
+        """End a request with finish_reason `abort`; an unknown id is ignored, since it may just have finished."""
+
+    def stats(self) -> EngineStats: ...
+
+    async def load_adapter(self, name: str, path: Path) -> None:
+        """Make the adapter directory at `path` usable as `request.adapter = name`, while streams run. Replaces one of that name."""
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Refuse new requests, give running ones `drain_s` seconds, then end the rest with EngineStopped."""
