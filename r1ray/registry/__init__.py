@@ -1,0 +1,9 @@
+"""Models, versions and their lineage.
+
+Reading order: directory (what an artifact is on disk), versions (numbers, aliases and lineage over MLflow).
+"""
+
+from r1ray.registry.directory import MANIFEST, POLICY, weights_sha256
+from r1ray.registry.versions import ModelInfo, Registry, VersionInfo
+
+__all__ = ["MANIFEST", "POLICY", "ModelInfo", "Registry", "VersionInfo", "weights_sha256"]
