@@ -76,7 +76,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Llama with ChatML; its weights lie in several shards, as large models' do."""
     from transformers import LlamaConfig
 
-    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(**shape, **_common(eos="<|im_end|>"), tie_word_embeddings=False)
     return _save(tmp_path_factory.mktemp("tiny_llama"), config, CHATML, max_shard_size="150KB")
 
@@ -86,7 +86,7 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Qwen2 (the body of R1-Distill-Qwen) with tied embeddings and a template that inserts a default system message."""
     from transformers import Qwen2Config
 
-    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = Qwen2Config(**shape, **_common(eos="<|im_end|>"), tie_word_embeddings=True)
     return _save(tmp_path_factory.mktemp("tiny_qwen2"), config, CHATML_WITH_DEFAULT)
 
@@ -96,10 +96,17 @@ def tiny_deepseek_v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """R1's own architecture: latent attention (MLA), one dense and one expert layer, R1's shipped chat template."""
     from transformers import DeepseekV3Config
 
-    attention = dict(num_attention_heads=4, num_key_value_heads=4, q_lora_rank=24, kv_lora_rank=16)
-    heads = dict(qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
-    experts = dict(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, n_group=2, topk_group=1, moe_intermediate_size=32)
-    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, first_k_dense_replace=1)
+    attention = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16}
+    heads = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 2, "topk_group": 1}
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+    }
+    shape = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "num_hidden_layers": 2, "first_k_dense_replace": 1}
     config = DeepseekV3Config(**shape, **attention, **heads, **experts, **_common(eos="<｜end▁of▁sentence｜>"), tie_word_embeddings=False)
     return _save(tmp_path_factory.mktemp("tiny_deepseek_v3"), config, r1_template(), bos="<｜begin▁of▁sentence｜>")
 
