@@ -1,0 +1,149 @@
+"""From logits to one token per stream. Rows are independent: what shares the batch changes nothing.
+
+Order: minimum length, penalties, temperature, top_k, top_p, min_p, draw. Every stream draws with its own random numbers, so a seed
+gives the same tokens in any company (as far as the logits are the same: see docs on bfloat16).
+
+Shapes: R rows, V vocabulary, C candidates.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from r1ray.engine.scheduler import Stream
+from r1ray.types import Sampling
+
+__all__ = ["Penalties", "new_rng", "sample"]
+
+NUM_CANDIDATES = 256  # sorting these is cheap; a row whose nucleus is larger is sorted whole
+
+
+class Penalties:
+    """Token counts of one stream, kept only when a penalty is set."""
+
+    def __init__(self, stream: Stream, vocab_size: int, device: torch.device) -> None:
+        self.counts_V = torch.zeros(vocab_size, device=device)
+        self.seen_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        self.seen_V[list(stream.request.prompt_ids)] = True
+        for token in stream.generated:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        self.counts_V[token] += 1
+        self.seen_V[token] = True
+
+    def apply(self, logits_V: Tensor, sampling: Sampling) -> None:
+        """In place. Repetition (CTRL, arXiv 1909.05858) over prompt and answer; frequency and presence (OpenAI) over the answer."""
+        if sampling.repetition_penalty != 1:
+            seen = logits_V[self.seen_V]
+            logits_V[self.seen_V] = torch.where(seen > 0, seen / sampling.repetition_penalty, seen * sampling.repetition_penalty)
+        logits_V -= sampling.frequency_penalty * self.counts_V + sampling.presence_penalty * (self.counts_V > 0)
+
+
+def new_rng(sampling: Sampling) -> random.Random:
+    return random.Random(sampling.seed)
+
+
+def sample(logits_RV: Tensor, streams: Sequence[Stream]) -> list[int | None]:
+    """One token per row; None where the row's logits are not finite. May overwrite the logits."""
+    greedy = all(_is_plain_greedy(s) for s in streams)
+    logits_RV = logits_RV if greedy else logits_RV.float()
+    if not greedy:
+        for row, stream in enumerate(streams):
+            _constrain(logits_RV[row], stream)
+    best_R, token_R = logits_RV.max(dim=-1)
+    finite = torch.isfinite(best_R).tolist()
+    tokens: list[int | None] = [t if ok else None for t, ok in zip(token_R.tolist(), finite, strict=True)]
+    drawn = [i for i, s in enumerate(streams) if s.request.sampling.temperature > 0 and finite[i]]
+    if drawn:
+        for row, token in zip(drawn, _draw(logits_RV[drawn], [streams[i] for i in drawn]), strict=True):
+            tokens[row] = token
+    for stream, drawn_token in zip(streams, tokens, strict=True):
+        if stream.penalties is not None and drawn_token is not None:
+            stream.penalties.add(drawn_token)
+    return tokens
+
+
+def _is_plain_greedy(stream: Stream) -> bool:
+    return stream.request.sampling.temperature == 0 and not _has_penalty(stream.request.sampling) and not stream.request.min_tokens
+
+
+def _has_penalty(sampling: Sampling) -> bool:
+    return bool(sampling.repetition_penalty != 1 or sampling.frequency_penalty or sampling.presence_penalty)
+
+
+def _constrain(logits_V: Tensor, stream: Stream) -> None:
+    """Minimum length and penalties, in place."""
+    sampling = stream.request.sampling
+    if _has_penalty(sampling):
+        if stream.penalties is None:
+            stream.penalties = Penalties(stream, logits_V.shape[0], logits_V.device)
+        stream.penalties.apply(logits_V, sampling)
+    if len(stream.generated) < stream.request.min_tokens and stream.stop_ids:
+        logits_V[list(stream.stop_ids)] = -torch.inf
+
+
+def _draw(logits_RV: Tensor, streams: Sequence[Stream]) -> list[int]:
+    """One random number per row, then the inverse of the cumulated probabilities."""
+    samplings = [s.request.sampling for s in streams]
+    uniform_R1 = torch.tensor([s.rng.random() for s in streams], dtype=torch.float64, device=logits_RV.device)[:, None]
+    temperature_R1 = torch.tensor([s.temperature for s in samplings], device=logits_RV.device)[:, None]
+    # the maximum goes first: a very small temperature would overflow otherwise
+    scaled_RV = (logits_RV - logits_RV.max(dim=-1, keepdim=True).values) / temperature_R1
+    tokens = [0] * len(streams)
+    filtered = [i for i, s in enumerate(samplings) if s.top_k or s.top_p < 1 or s.min_p]
+    plain = [i for i in range(len(streams)) if i not in set(filtered)]
+    if plain:
+        for row, token in zip(plain, _invert(scaled_RV[plain].softmax(-1), uniform_R1[plain]).tolist(), strict=True):
+            tokens[row] = token
+    if filtered:
+        drawn = _draw_filtered(scaled_RV[filtered], uniform_R1[filtered], [samplings[i] for i in filtered])
+        for row, token in zip(filtered, drawn, strict=True):
+            tokens[row] = token
+    return tokens
+
+
+def _draw_filtered(scaled_RV: Tensor, uniform_R1: Tensor, samplings: Sequence[Sampling]) -> list[int]:
+    num = min(NUM_CANDIDATES, scaled_RV.shape[1])
+    tokens, enough = _from_candidates(scaled_RV, num, uniform_R1, samplings)
+    short = [i for i, ok in enumerate(enough) if not ok]
+    if short:
+        again, _ = _from_candidates(scaled_RV[short], scaled_RV.shape[1], uniform_R1[short], [samplings[i] for i in short])
+        for row, token in zip(short, again, strict=True):
+            tokens[row] = token
+    return tokens
+
+
+def _from_candidates(
+    scaled_RV: Tensor, num_candidates: int, uniform_R1: Tensor, samplings: Sequence[Sampling]
+) -> tuple[list[int], list[bool]]:
+    """Draw among the `num_candidates` likeliest, and say for each row whether they hold its whole nucleus."""
+    device = scaled_RV.device
+    top_k_R1 = torch.tensor([s.top_k or scaled_RV.shape[1] for s in samplings], device=device)[:, None]
+    top_p_R1 = torch.tensor([s.top_p for s in samplings], dtype=torch.float64, device=device)[:, None]
+    min_p_R1 = torch.tensor([s.min_p for s in samplings], dtype=torch.float64, device=device)[:, None]
+    scores_RC, ids_RC = scaled_RV.topk(num_candidates, dim=-1)
+    prob_RC = (scores_RC.double() - scaled_RV.double().logsumexp(-1, keepdim=True)).exp()
+    rank_C = torch.arange(num_candidates, device=device)
+    in_top_k_RC = rank_C < top_k_R1
+    # top_p is a share of what top_k leaves; beyond the candidates only if top_k does not end among them
+    mass_R1 = torch.where(top_k_R1 <= num_candidates, (prob_RC * in_top_k_RC).sum(-1, keepdim=True), 1.0)
+    before_RC = (prob_RC.cumsum(-1) - prob_RC) / mass_R1
+    kept_RC = in_top_k_RC & (before_RC < top_p_R1) & (prob_RC >= min_p_R1 * prob_RC[:, :1])
+    kept_RC[:, 0] = True
+    top_k_ends_R = (top_k_R1[:, 0] <= num_candidates) | (top_k_R1[:, 0] >= scaled_RV.shape[1])
+    enough_R = (top_k_ends_R & ~kept_RC[:, -1]) | (num_candidates == scaled_RV.shape[1]) | (top_k_R1[:, 0] == num_candidates)
+    chosen_R1 = _invert(prob_RC * kept_RC, uniform_R1)[:, None]
+    return ids_RC.gather(1, chosen_R1)[:, 0].tolist(), enough_R.tolist()
+
+
+def _invert(weight_RC: Tensor, uniform_R1: Tensor) -> Tensor:
+    """Index of the first cumulated weight above uniform * total, so never one of weight zero."""
+    cumulated_RC = weight_RC.double().cumsum(-1)
+    target_R1 = uniform_R1 * cumulated_RC[:, -1:]
+    chosen_R = torch.searchsorted(cumulated_RC, target_R1, right=True)[:, 0]
+    return chosen_R.clamp(max=weight_RC.shape[1] - 1)
