@@ -99,15 +99,9 @@ def tiny_deepseek_v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     attention = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16}
     heads = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 2, "topk_group": 1}
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 1,
-        "n_group": 2,
-        "topk_group": 1,
-        "moe_intermediate_size": 32,
-    }
-    shape = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "num_hidden_layers": 2, "first_k_dense_replace": 1}
-    config = DeepseekV3Config(**shape, **attention, **heads, **experts, **_common(eos="<｜end▁of▁sentence｜>"), tie_word_embeddings=False)
+    layers = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "num_hidden_layers": 2, "first_k_dense_replace": 1}
+    shape = {**layers, **attention, **heads, **experts}
+    config = DeepseekV3Config(**shape, **_common(eos="<｜end▁of▁sentence｜>"), tie_word_embeddings=False)
     return _save(tmp_path_factory.mktemp("tiny_deepseek_v3"), config, r1_template(), bos="<｜begin▁of▁sentence｜>")
 
 
