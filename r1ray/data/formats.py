@@ -20,6 +20,7 @@ from typing import Any
 from r1ray.data.config import DataConfig, Format
 from r1ray.data.records import BadRow
 from r1ray.errors import MissingColumn
+from r1ray.model.reasoning import split
 from r1ray.types import Annotations, EntityValue, Message, Role
 
 __all__ = ["Parser", "detect", "parser"]
@@ -203,8 +204,6 @@ def _message(role: object, text: object, reasoning: object, annotations: Annotat
     content = _text(text, f"{known} turn")
     thought = _text(reasoning, "reasoning") if reasoning else None
     if known == "assistant" and thought is None and "</think>" in content:
-        from r1ray.model.reasoning import split
-
         thought, content = split(content, "<think>" not in content)
         thought = thought or None
     return Message(role=known, content=content, reasoning=thought, annotations=annotations)
