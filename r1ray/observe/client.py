@@ -10,6 +10,7 @@ import fcntl
 import functools
 import logging
 import os
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["client", "exclusive", "silence"]
 
 _SERVER_TIMEOUT_S = 10.0
+_SQLITE = "sqlite:///"
 
 
 def silence() -> None:
@@ -51,34 +53,48 @@ def client(uri: str) -> MlflowClient:
     from sqlalchemy.exc import SQLAlchemyError
 
     silence()  # MLflow configures its loggers while it is imported
-    opened = MlflowClient(tracking_uri=uri, registry_uri=uri)
     try:
-        with exclusive(_database_lock(uri)):
-            opened.search_experiments(max_results=1)
-            opened.search_registered_models(max_results=1)
+        if uri.startswith(_SQLITE):
+            _create_database(Path(uri.removeprefix(_SQLITE)).absolute())
+        opened = MlflowClient(tracking_uri=uri, registry_uri=uri)  # connects
+        opened.search_experiments(max_results=1)
+        opened.search_registered_models(max_results=1)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         raise RegistryError(f"MLflow cannot be opened at {uri}: {error}. Mend the store or set R1RAY_REGISTRY to another URI.") from error
     return opened
 
 
 @contextmanager
-def exclusive(path: Path | None) -> Iterator[None]:
-    """Hold an advisory lock on `path` (made when missing) across processes; the kernel frees it when its holder dies. None: no lock."""
-    if path is None:
-        yield
-        return
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold an advisory lock on `path` (made when missing) across processes; the kernel frees it when its holder dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
-def _database_lock(uri: str) -> Path | None:
-    """Only SQLite needs our lock: servers and PostgreSQL are migrated by whoever runs them."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    database = Path(uri.removeprefix("sqlite:///")).absolute()
-    return database.with_name(f".{database.name}.lock")
+def _create_database(path: Path) -> None:
+    """Processes that start together wait here for the first; one that is killed half-way leaves no half database."""
+    if path.exists():
+        return
+    with exclusive(path.with_name(f".{path.name}.lock")):
+        if path.exists():
+            return
+        fresh = path.with_name(f".{path.name}.fresh")
+        fresh.write_bytes(_empty_database())
+        fresh.replace(path)
+
+
+@functools.cache
+def _empty_database() -> bytes:
+    """MLflow's tables, made by its dozens of migrations: in memory-backed storage, since each of them waits for the disk."""
+    from mlflow.tracking import MlflowClient
+
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="r1ray-", dir=memory if os.access(memory, os.W_OK) else None) as directory:
+        file = Path(directory) / "mlflow.db"
+        MlflowClient(tracking_uri=f"{_SQLITE}{file}").search_experiments(max_results=1)
+        return file.read_bytes()
 
 
 def _check_server(uri: str) -> None:
