@@ -5,7 +5,7 @@
 Every assistant turn is a JSON line with intent and entities, then one reply grounded in the knowledge base:
 
     {"intent": "card_lost", "entities": {"card_type": "credit"}}
-    Please block your credit card in the app right away. A new card costs 15 CNY.
+    Block your credit card in the app right away. A new card costs 15 CNY.
 
 The test set shares no customer phrase and no entity value with the training set. Six kinds of dialogue take turns (`_KINDS`);
 in a third of them the last question carries two passages, and the reply cites the one that holds its fact.

@@ -116,6 +116,8 @@ def _table(path: Path) -> Iterator[RawRow]:
         first = next(lines)
         reader = csv.reader(_chained(first, lines), delimiter=_delimiter(first), strict=True)
         header = [name.strip() for name in next(reader)]
+        if twice := next((name for name in header if header.count(name) > 1), None):
+            raise UnknownFormat(f"{path} names the column {twice!r} twice. Rename one of them.")
         number = 1
         while True:
             start = lines.count + 1

@@ -142,8 +142,9 @@ def _sharegpt(values: Mapping[str, Any]) -> tuple[str | None, list[Message]]:
 
 def _alpaca(values: Mapping[str, Any]) -> tuple[str | None, list[Message]]:
     messages: list[Message] = []
-    for pair in values.get("history") or ():
-        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+    history = values.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or len(pair) != 2:
             raise BadRow("history is no list of [question, answer] pairs")
         messages += [_message("user", pair[0], None, None), _message("assistant", pair[1], None, None)]
     question = _text(values.get("instruction"), "instruction")
@@ -170,17 +171,14 @@ _PARSERS: dict[Format, Parser] = {"annotated": _annotated, "messages": _messages
 def _id(values: Mapping[str, Any]) -> str | None:
     for name in ("conversation_id", "id"):
         if isinstance(values.get(name), str | int) and str(values[name]).strip():
-            return str(values[name])
+            return _text(str(values[name]), name)
     return None
 
 
 def _turns(values: Mapping[str, Any], column: str) -> list[Mapping[str, Any]]:
     turns = values.get(column)
     if isinstance(turns, str):  # a CSV cell
-        try:
-            turns = json.loads(turns)
-        except ValueError as error:
-            raise BadRow(f"{column} is no JSON: {error}") from error
+        turns = _json(turns, column)
     if not isinstance(turns, list):
         raise BadRow(f"{column} is {_named(turns)}, not a list of turns")
     if not turns:
@@ -189,6 +187,13 @@ def _turns(values: Mapping[str, Any], column: str) -> list[Mapping[str, Any]]:
         if not isinstance(turn, Mapping):
             raise BadRow(f"turn {position} is {_named(turn)}, not an object")
     return turns
+
+
+def _json(text: str, what: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"{what} is no JSON: {error}") from error
 
 
 def _with_system(values: Mapping[str, Any], messages: list[Message]) -> list[Message]:
@@ -205,7 +210,8 @@ def _message(role: object, text: object, reasoning: object, annotations: Annotat
     thought = _text(reasoning, "reasoning") if reasoning else None
     if known == "assistant" and thought is None and "</think>" in content:
         thought, content = split(content, "<think>" not in content)
-        thought = thought or None
+        if not content.strip():
+            raise BadRow("assistant turn with nothing after its reasoning")
     return Message(role=known, content=content, reasoning=thought, annotations=annotations)
 
 
@@ -233,11 +239,11 @@ def _annotations(value: object) -> Annotations | None:
         intent = _text(intent, "intent")
     entities = value.get("entities")
     if isinstance(entities, str):  # our own Parquet schema stores them as JSON
-        entities = json.loads(entities)
+        entities = _json(entities, "entities")
     if entities is not None and not isinstance(entities, Mapping):
         raise BadRow(f"entities is {_named(entities)}, not an object")
     kept = {str(name): _entity(str(name), entity) for name, entity in (entities or {}).items() if entity is not None}
-    return Annotations(intent=intent, entities=kept) if intent or kept else None
+    return None if intent is None and entities is None else Annotations(intent=intent, entities=kept)
 
 
 def _entity(name: str, value: object) -> EntityValue:
@@ -251,4 +257,5 @@ def _entity(name: str, value: object) -> EntityValue:
 
 
 def _named(value: object) -> str:
-    return "missing" if value is None else f"a {type(value).__name__}"
+    name = type(value).__name__
+    return "missing" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -31,9 +31,11 @@ def check_order(messages: Sequence[Message]) -> None:
     previous: Role | None = None
     for position, message in enumerate(messages, start=1):
         if message.role not in _FOLLOWS[previous]:
-            before = f"after a {previous} turn" if previous else "at the start"
+            before = f"after {previous}" if previous else "at the start"
             raise BadRow(f"turn {position} is {message.role} {before}; expected {' or '.join(_FOLLOWS[previous])}")
         previous = message.role
+    if previous is None:
+        raise BadRow("no turns")
     if previous != "assistant":
         raise BadRow(f"the last turn is {previous}; a dialogue must end with an assistant turn")
 

@@ -1,0 +1,61 @@
+"""Held-out sets: stable under order and growth, stratified on request."""
+
+import random
+from collections import Counter
+
+from r1ray.data.split import hold_out, intent_of
+from r1ray.types import Annotations, Conversation, Message
+
+
+def conversation(name, intent=None):
+    answer = Message(role="assistant", content="a", annotations=Annotations(intent=intent) if intent else None)
+    return Conversation(id=name, messages=(Message(role="user", content="q"), answer))
+
+
+ROWS = tuple(conversation(f"c{i}", intent="rare" if i < 3 else f"i{i % 4}") for i in range(403))
+
+
+def test_a_split_has_about_the_share_and_loses_nothing():
+    train, held = hold_out(ROWS, 0.2)
+    assert sorted((*train, *held), key=lambda c: int(c.id[1:])) == list(ROWS)
+    assert 60 <= len(held) <= 100
+
+
+def test_a_split_does_not_depend_on_row_order():
+    shuffled = random.Random(0).sample(ROWS, len(ROWS))
+    for by_intent in (False, True):
+        assert {c.id for c in hold_out(shuffled, 0.2, by_intent=by_intent)[1]} == {
+            c.id for c in hold_out(ROWS, 0.2, by_intent=by_intent)[1]
+        }
+
+
+def test_new_rows_move_no_old_one():
+    held = {c.id for c in hold_out(ROWS[:300], 0.2)[1]}
+    assert held == {c.id for c in hold_out(ROWS, 0.2)[1] if int(c.id[1:]) < 300}
+
+
+def test_another_seed_gives_another_split():
+    assert hold_out(ROWS, 0.2, seed=0)[1] != hold_out(ROWS, 0.2, seed=1)[1]
+
+
+def test_every_intent_is_held_out_in_proportion():
+    train, held = hold_out(ROWS, 0.1, by_intent=True)
+    assert Counter(intent_of(c) for c in held) == {"i0": 10, "i1": 10, "i2": 10, "i3": 10, "rare": 1}
+    assert {intent_of(c) for c in train} == {intent_of(c) for c in ROWS}
+
+
+def test_the_only_dialogue_of_an_intent_stays_in_training():
+    train, held = hold_out([conversation("x", "one")], 0.5, by_intent=True)
+    assert (len(train), len(held)) == (1, 0)
+
+
+def test_equal_rows_stay_on_one_side():
+    rows = [conversation(f"c{i}{suffix}", "i") for i in range(50) for suffix in ("", "#2")]
+    for by_intent in (False, True):
+        train, held = hold_out(rows, 0.3, by_intent=by_intent)
+        assert not {c.id.partition("#")[0] for c in train} & {c.id.partition("#")[0] for c in held}
+        assert held
+
+
+def test_no_share_holds_nothing_out():
+    assert hold_out(ROWS, 0.0, by_intent=True)[1] == ()
