@@ -15,6 +15,7 @@
     ├── ModelError
     │   ├── UnsupportedModel        not a causal LM that r1ray can load
     │   ├── TemplateMismatch        another chat template than the one the artifact was trained with
+    │   ├── TemplateNotTrainable    a chat template that does not say which tokens are the assistant's
     │   └── AdapterMismatch         the adapter belongs to another base model
     ├── DataError
     │   ├── UnknownFormat           neither the extension nor the content says what the file is
@@ -71,6 +72,7 @@ __all__ = [
     "RetrievalError",
     "ServingError",
     "TemplateMismatch",
+    "TemplateNotTrainable",
     "TooManyBadRows",
     "TrainingError",
     "TuningError",
@@ -127,6 +129,9 @@ class UnsupportedModel(ModelError): ...
 
 
 class TemplateMismatch(ModelError): ...
+
+
+class TemplateNotTrainable(ModelError): ...
 
 
 class AdapterMismatch(ModelError): ...

@@ -1,0 +1,115 @@
+"""A directory of safetensors: is it whole, what tensors does it hold? Read from the files' headers, without loading a weight.
+
+Knows the file format and the index of shards; knows no architecture.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from r1ray.errors import UnsupportedModel
+
+__all__ = ["INDEX", "link_or_copy", "num_parameters", "read_json", "tensor_shapes", "weight_files"]
+
+INDEX = "model.safetensors.index.json"
+
+_SINGLE = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The weight files in name order: the shards of the index, or the only file.
+
+    Raises:
+        UnsupportedModel: none, pickled weights only, several without an index, or a shard of the index is missing.
+    """
+    if (directory / INDEX).is_file():
+        names = sorted(set(read_json(directory / INDEX).get("weight_map", {}).values()))
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing or not names:
+            what = f"{len(missing)} of {len(names)} shards, first {missing[0]}" if missing else "any entry in weight_map"
+            raise UnsupportedModel(f"{directory} misses {what} of {INDEX}. Finish the download and import again.")
+        return [directory / name for name in names]
+    if (directory / _SINGLE).is_file():
+        return [directory / _SINGLE]
+    raise UnsupportedModel(_no_weights(directory))
+
+
+def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor in `files`.
+
+    Raises:
+        UnsupportedModel: a file is no safetensors or shorter than its header says.
+    """
+    return {name: tuple(entry["shape"]) for file in files for name, entry in _header(file).items()}
+
+
+def num_parameters(files: Sequence[Path]) -> int:
+    """Numbers stored in `files`; tied weights are stored, and counted, once."""
+    return sum(math.prod(shape) for shape in tensor_shapes(files).values())
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link where both lie on one file system, a copy elsewhere. The source stays."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES):
+            raise
+        shutil.copyfile(source, target)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model directory.
+
+    Raises:
+        UnsupportedModel: the file is missing or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UnsupportedModel(f"{file.parent} has no {file.name}: no Hugging Face model directory. Give the one that holds it.") from error
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{file} cannot be read: {error}. Download it again.") from error
+    if not isinstance(content, dict):
+        raise UnsupportedModel(f"{file} holds a {type(content).__name__}, not an object. Download it again.")
+    return content
+
+
+def _header(file: Path) -> Mapping[str, Mapping[str, Any]]:
+    """Format: 8 bytes length, a JSON header, the data; each entry has the end of its data relative to the header's end."""
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _LONGEST_HEADER + 1
+        text = stream.read(length) if length <= _LONGEST_HEADER else b""
+    try:
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        wanted = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise UnsupportedModel(f"{file} is no safetensors file: its header cannot be read. Download it again.") from error
+    if (found := file.stat().st_size) < wanted:
+        raise UnsupportedModel(f"{file} has {found} bytes, its header promises {wanted}: the download was cut off. Download it again.")
+    return dict(entries.items())
+
+
+def _no_weights(directory: Path) -> str:
+    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    if others:
+        return f"{directory} holds {', '.join(others[:3])} but neither {_SINGLE} nor {INDEX}. Add the index, or rename a single file."
+    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    if pickles:
+        return (
+            f"{directory} holds only pickled weights ({pickles[0]}), which can run code when opened. "
+            "Convert them with save_pretrained, which writes safetensors, and import that directory."
+        )
+    return f"{directory} holds no weights (*.safetensors). Finish the download, or give the directory that holds them."
