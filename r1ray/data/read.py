@@ -100,7 +100,7 @@ class _Reading:
         given, turns = parse(raw.values)
         messages = tuple(repair(turns) if self._config.role_order == "repair" else turns)
         check_order(messages)
-        stored = raw.values.get("source")
+        stored = raw.values.get("source") if "utterances" in raw.values else None  # our own schema keeps the first place
         place = f"{raw.file}:{raw.row}"
         name = self._unique(given, content_id(messages), place)
         return Conversation(id=name, messages=messages, source=stored if isinstance(stored, str) and stored else place)
