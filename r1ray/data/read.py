@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +58,7 @@ class _Reading:
     def __init__(self, config: DataConfig) -> None:
         self._config = config
         self._places: dict[str, str] = {}
+        self._num_equal: Counter[str] = Counter()
         self.conversations: list[Conversation] = []
         self.rejects: list[Reject] = []
         self.formats: set[Format] = set()
@@ -110,10 +112,9 @@ class _Reading:
         if given is not None and given in self._places:
             raise BadRow(f"conversation_id {given!r} was already used at {self._places[given]}")
         name = given or derived
-        for number in itertools.count(2):
-            if name not in self._places:
-                break
-            name = f"{derived}#{number}"
+        while name in self._places:
+            self._num_equal[derived] += 1
+            name = f"{derived}#{self._num_equal[derived] + 1}"
         self._places[name] = place
         return name
 
