@@ -96,23 +96,24 @@ def tiny_deepseek_v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """R1's own architecture: latent attention (MLA), one dense and one expert layer, R1's shipped chat template."""
     from transformers import DeepseekV3Config
 
+    from r1ray.model import template
+
     attention = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16}
     heads = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 2, "topk_group": 1}
     layers = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "num_hidden_layers": 2, "first_k_dense_replace": 1}
     shape = {**layers, **attention, **heads, **experts}
     config = DeepseekV3Config(**shape, **_common(eos="<｜end▁of▁sentence｜>"), tie_word_embeddings=False)
-    return _save(tmp_path_factory.mktemp("tiny_deepseek_v3"), config, r1_template(), bos="<｜begin▁of▁sentence｜>")
+    return _save(tmp_path_factory.mktemp("tiny_deepseek_v3"), config, template.shipped("deepseek_r1"), bos="<｜begin▁of▁sentence｜>")
 
 
-def r1_template() -> str:
-    """The chat template that every DeepSeek-R1 checkpoint ships."""
-    from importlib.resources import files
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """`tiny_tokenizer(template, eos=..., bos=...)` makes the tiny models' tokenizer with another chat template."""
+    return _tokenizer
 
-    return (files("r1ray.model") / "templates" / "deepseek_r1.jinja").read_text(encoding="utf-8")
 
-
-def tiny_tokenizer(template: str | None, *, eos: str = "<|im_end|>", bos: str | None = None) -> Any:
+def _tokenizer(template: str | None, *, eos: str = "<|im_end|>", bos: str | None = None) -> Any:
     """Byte-level BPE over a few sentences; every special token of the known families is one id."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -143,5 +144,5 @@ def _save(directory: Path, config: Any, template: str, *, bos: str | None = None
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
-    tiny_tokenizer(template, eos=SPECIAL[config.eos_token_id], bos=bos).save_pretrained(directory)
+    _tokenizer(template, eos=SPECIAL[config.eos_token_id], bos=bos).save_pretrained(directory)
     return directory
