@@ -1,9 +1,12 @@
 """Reading a set: the five formats, the report on bad rows, ids, sampling and the hash."""
 
+import csv
 import json
 import logging
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from r1ray.data.config import DataConfig
@@ -22,6 +25,10 @@ SEED_004 = {
         },
     ],
 }
+ANSWERED_BY_HAND = [
+    {"role": "user", "text": "Where are you?"},
+    {"role": "assistant", "text": "In Wuhan.", "annotations": {"intent": None, "entities": {"city": "Wuhan"}}},
+]
 
 
 def write(path: Path, rows) -> Path:
@@ -273,3 +280,18 @@ def test_banking77_is_read_completely():
     loaded = read(path, max_bad_share=0.0)
     assert (loaded.num_rows, len(loaded.conversations)) == (10003, 10003)
     assert len({c.messages[1].annotations.intent for c in loaded.conversations}) == 77
+
+
+def test_entities_in_foreign_parquet_lose_their_nulls_only(tmp_path):
+    rows = [SEED_004, {"conversation_id": "2", "utterances": ANSWERED_BY_HAND}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    first, second = read(tmp_path / "x.parquet").conversations
+    assert first.messages[1].annotations.entities == {"card_type": "platinum", "amount": 5000}
+    assert second.messages[1].annotations.entities == {"city": "Wuhan"}
+
+
+def test_dialogues_in_csv_cells_are_read(tmp_path):
+    path = tmp_path / "x.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["id", "messages"], ["7", json.dumps(dialogue("你好", "您好")["messages"], ensure_ascii=False)]])
+    assert (only(path).id, only(path).messages[1].content) == ("7", "您好")
