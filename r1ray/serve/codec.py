@@ -1,0 +1,64 @@
+"""Text to token ids and back for one loaded version: its tokenizer and its chat template behind five verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from r1ray.types import Artifact, Message
+
+__all__ = ["Codec", "TokenizerCodec"]
+
+
+class Codec(Protocol):
+    """What a host needs of a tokenizer."""
+
+    end_ids: tuple[int, ...]
+
+    def render(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt of a chat: template applied, generation prompt added."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """A bare prompt, with the special tokens that the tokenizer adds."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text without special tokens; half a character decodes to U+FFFD."""
+        ...
+
+    def thinking(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether the prompt ends inside an opened <think>, so that the answer begins with reasoning."""
+        ...
+
+
+class TokenizerCodec:
+    """A transformers tokenizer with the artifact's infer template."""
+
+    def __init__(self, artifact: Artifact, *, chat_template: Path | None = None) -> None:
+        """
+        Raises:
+            TemplateMismatch: `chat_template` differs from the one the version was trained with.
+        """
+        from r1ray.model import load, template
+
+        template.check_override(artifact, None if chat_template is None else chat_template.read_text(encoding="utf-8"))
+        self._tokenizer: Any = load.load_tokenizer(artifact)
+        eos = self._tokenizer.eos_token_id
+        self.end_ids: tuple[int, ...] = () if eos is None else (eos,)
+
+    def render(self, messages: Sequence[Message]) -> list[int]:
+        from r1ray.model import template
+
+        return template.prompt_ids(self._tokenizer, messages)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def thinking(self, prompt_ids: Sequence[int]) -> bool:
+        tail = self._tokenizer.decode(prompt_ids[-8:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return bool(tail.rstrip().endswith("<think>"))

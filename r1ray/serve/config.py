@@ -1,0 +1,94 @@
+"""What a serving application is made of: models, retrieval, router. The `args` of serve_config.yaml.
+
+Importable without ray and torch. Knows the shape and the limits, not how a deployment is built from them (deployments.py).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from r1ray.config import Config
+from r1ray.engine.config import EngineConfig
+
+__all__ = ["AppArgs", "AutoscalingArgs", "ModelArgs", "PlacementArgs", "RetrievalArgs", "RouterArgs"]
+
+
+class AutoscalingArgs(Config):
+    """How many replicas a model has. Load is measured in requests per engine slot, since slots are what a replica can run at once."""
+
+    min_replicas: int = Field(default=1, ge=0, description="Replicas kept when idle; 0 frees everything and pays a cold start.")
+    max_replicas: int = Field(default=1, ge=1, description="Replicas at full load; equal to min_replicas is a fixed number.")
+    target_per_slot: float = Field(default=0.75, gt=0, le=4, description="Running and queued requests per engine slot that adds a replica.")
+    upscale_delay_s: float = Field(default=5.0, ge=0, description="Load must stay above the target this long before a replica is added.")
+    downscale_delay_s: float = Field(default=300.0, ge=0, description="Idle shrink: load must stay below this long before one is removed.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}; raise max_replicas")
+        return self
+
+
+class PlacementArgs(Config):
+    """Where a replica may run and what it reserves. CPUs are Ray's book-keeping: 0.5 does not slow an engine on an idle node."""
+
+    num_cpus: float = Field(default=0.5, ge=0, description="Logical CPUs reserved per replica.")
+    num_gpus: float = Field(default=0.0, ge=0, description="GPUs reserved per replica; a fraction shares one.")
+    resources: dict[str, float] = Field(default_factory=dict, description="Custom resources of cluster.yaml, name -> amount.")
+    labels: dict[str, str] = Field(default_factory=dict, description="Node labels the replica needs, e.g. r1ray.io/role: serve.")
+    bundles: tuple[dict[str, float], ...] = Field(default=(), description="Placement group: bundle 0 is the replica, the rest its stages.")
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(default="PACK", description="How bundles share nodes.")
+
+
+class ModelArgs(Config):
+    """One served model: which version of the registry, on which engine, grounded in which documents."""
+
+    id: str = Field(min_length=1, pattern=r"^[^#]+$", description="The `model` of a request.")
+    ref: str = Field(min_length=1, description="Registry reference; name@production follows the alias, name@3 stays.")
+    engine: EngineConfig = Field(default_factory=EngineConfig, description="How tokens are made.")
+    collection: str | None = Field(default=None, description="Retrieval collection; the manifest's own when absent.")
+    system_prompt: str | None = Field(default=None, description="Added when a request has none; the manifest's own when absent.")
+    chat_template: str | None = Field(default=None, description="Chat template file; refused if it differs from the version's.")
+    follow_interval_s: float = Field(default=10.0, gt=0, description="How often a replica asks the registry for a new version.")
+    drain_timeout_s: float = Field(default=600.0, ge=0, description="Longest time the old version may finish its streams after a switch.")
+    coalesce_ms: float = Field(default=15.0, ge=0, le=1000, description="Tokens that pile up within this time travel as one chunk.")
+    autoscaling: AutoscalingArgs = Field(default_factory=AutoscalingArgs, description="Number of replicas.")
+    placement: PlacementArgs = Field(default_factory=PlacementArgs, description="What each replica reserves, and where.")
+    max_surge_percent: int = Field(default=0, ge=0, le=100, description="Extra replicas during an update; needs that much free capacity.")
+
+
+class RetrievalArgs(Config):
+    """The deployment that finds passages; deployed only if some model has a collection."""
+
+    top_k: int = Field(default=3, ge=1, le=20, description="Passages put before the question.")
+    style: Literal["official", "compact"] = Field(default="official", description="DeepSeek's search prompt, or its marks alone.")
+    include_text: bool = Field(default=False, description="Whether citations carry the passage's text besides id, source and heading.")
+    num_replicas: int = Field(default=1, ge=1, description="Retrieval replicas.")
+    num_cpus: float = Field(default=0.1, ge=0, description="Logical CPUs reserved per retrieval replica.")
+
+
+class RouterArgs(Config):
+    """The HTTP front: parses, grounds, streams, meters."""
+
+    num_replicas: int = Field(default=1, ge=1, description="Router replicas.")
+    num_cpus: float = Field(default=0.1, ge=0, description="Logical CPUs reserved per router.")
+    max_choices: int = Field(default=8, ge=1, le=128, description="Most generations of one request: n times the prompts.")
+    first_token_timeout_s: float = Field(default=300.0, gt=0, description="503 when a request has not started after this time.")
+
+
+class AppArgs(Config):
+    """All of it."""
+
+    models: tuple[ModelArgs, ...] = Field(min_length=1, description="The served models; a request's `model` picks one by id.")
+    retrieval: RetrievalArgs = Field(default_factory=RetrievalArgs, description="Passages for models with a collection.")
+    router: RouterArgs = Field(default_factory=RouterArgs, description="The HTTP front.")
+
+    @model_validator(mode="after")
+    def _unique(self) -> Self:
+        ids = [model.id for model in self.models]
+        twice = sorted({id_ for id_ in ids if ids.count(id_) > 1})
+        if twice:
+            raise ValueError(f"model id {twice[0]!r} is given twice; every served model needs its own")
+        return self

@@ -1,0 +1,230 @@
+"""One replica's model: text requests in, text events out, on the version that the registry's alias names at the moment.
+
+A promotion is followed without a restart: the new version is loaded beside the old one, new requests go to it, and the old
+engine is stopped when its last stream has ended. Needs no Ray: replica.py wraps it in a deployment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from r1ray.engine.protocol import Engine, GenerationRequest, TokenChunk
+from r1ray.errors import EngineStopped
+from r1ray.serve.batches import coalesced
+from r1ray.serve.codec import Codec, TokenizerCodec
+from r1ray.serve.config import ModelArgs
+from r1ray.serve.faults import bad_request, fault_of
+from r1ray.serve.policy import resolve
+from r1ray.serve.protocol import BackendStats, Done, Event, Fault, TextRequest
+from r1ray.serve.text import TextAssembler
+from r1ray.types import Artifact, Message, Sampling
+
+__all__ = ["LoadedVersion", "ModelHost", "registry_host"]
+
+logger = logging.getLogger("ray.serve")
+DRAIN_POLL_S = 0.1
+
+
+@dataclass(slots=True)
+class LoadedVersion:
+    """A version ready to answer. `artifact` is replaced when only its sampling policy changed."""
+
+    artifact: Artifact
+    codec: Codec
+    engine: Engine
+    num_streams: int = 0
+
+
+class ModelHost:
+    """`find` asks the registry for the wanted version (blocking), `load` makes it ready. Both may raise any R1RayError."""
+
+    def __init__(self, args: ModelArgs, find: Callable[[], Artifact], load: Callable[[Artifact], Awaitable[LoadedVersion]]) -> None:
+        self.args = args
+        self._find = find
+        self._load = load
+        self._live: LoadedVersion | None = None
+        self._failed_ref: str | None = None
+        self._drains: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Load the wanted version. Errors end the start: a replica without a model has no use."""
+        self._live = await self._load(await asyncio.to_thread(self._find))
+        logger.info("%s answers with %s", self.args.id, self._live.artifact.ref)
+
+    async def follow(self) -> None:
+        """Look for a new version for ever. What fails is logged and leaves the running version in place."""
+        while True:
+            await asyncio.sleep(self.args.follow_interval_s)
+            try:
+                await self.refresh()
+            except Exception:  # the registry may be away for a while; serving goes on
+                logger.exception("%s could not follow %s; it stays on %s", self.args.id, self.args.ref, self._loaded().artifact.ref)
+
+    async def refresh(self) -> bool:
+        """One look at the registry; whether another version answers now. A version that failed to load is not tried again."""
+        wanted = await asyncio.to_thread(self._find)
+        live = self._loaded()
+        if wanted.ref == live.artifact.ref:
+            live.artifact = wanted
+            return False
+        if wanted.ref == self._failed_ref:
+            return False
+        try:
+            fresh = await self._load(wanted)
+        except Exception:
+            self._failed_ref = wanted.ref
+            raise
+        self._live, self._failed_ref = fresh, None
+        logger.info("%s switched from %s to %s; %d streams drain", self.args.id, live.artifact.ref, wanted.ref, live.num_streams)
+        self._start_drain(live)
+        return True
+
+    async def stream(self, request: TextRequest) -> AsyncGenerator[Event, None]:
+        """Events of one generation; never raises for what can be said as a Fault. Closing it frees the engine's slot."""
+        live = self._loaded()
+        live.num_streams += 1
+        try:
+            async with aclosing(self._answer(live, request)) as events:
+                async for event in events:
+                    yield event
+        except Exception as error:  # every failure becomes the stream's last event: a client must never see silence
+            yield fault_of(error)
+        finally:
+            live.num_streams -= 1
+
+    async def tokenize(self, text: str | None, messages: tuple[Message, ...]) -> tuple[int, ...]:
+        live = self._loaded()
+        return tuple(live.codec.render(self._instructed(live, messages)) if text is None else live.codec.encode(text))
+
+    async def detokenize(self, token_ids: tuple[int, ...]) -> str:
+        return self._loaded().codec.decode(token_ids)
+
+    async def stats(self) -> BackendStats:
+        live = self._loaded()
+        stats = live.engine.stats()
+        return BackendStats(
+            ref=live.artifact.ref,
+            pid=os.getpid(),
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            num_slots=stats.num_slots,
+            num_free_slots=stats.num_free_slots,
+        )
+
+    async def ready(self) -> bool:
+        return self._live is not None and self._live.engine.stats().state == "running"
+
+    def check(self) -> None:
+        """Raises EngineStopped when the engine is dead, so that the replica is replaced."""
+        stats = self._loaded().engine.stats()
+        if stats.state in ("failed", "stopped"):
+            raise EngineStopped(
+                f"The engine of {self.args.id} is {stats.state}: {stats.error or 'no reason given'}. The replica is replaced."
+            )
+
+    async def stop(self) -> None:
+        """End the engine and every drain."""
+        for drain in self._drains:
+            drain.cancel()
+        if self._live is not None:
+            await self._live.engine.stop()
+
+    def _loaded(self) -> LoadedVersion:
+        if self._live is None:
+            raise EngineStopped(f"{self.args.id} has not started. Await start() first.")
+        return self._live
+
+    def _start_drain(self, old: LoadedVersion) -> None:
+        drain = asyncio.create_task(self._drain(old))
+        self._drains.add(drain)
+        drain.add_done_callback(self._drains.discard)
+
+    async def _drain(self, old: LoadedVersion) -> None:
+        deadline = asyncio.get_running_loop().time() + self.args.drain_timeout_s
+        while old.num_streams and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(DRAIN_POLL_S)
+        await old.engine.stop()
+        logger.info("%s has let go of %s", self.args.id, old.artifact.ref)
+
+    async def _answer(self, live: LoadedVersion, request: TextRequest) -> AsyncGenerator[Event, None]:
+        prompt_ids = self._prompt_ids(live, request)
+        sampling = resolve(live.artifact.policy, request.task, request.overrides)
+        prefilled = live.codec.thinking(prompt_ids) if request.messages else None
+        text = TextAssembler(live.codec.decode, sampling.stop, prefilled=prefilled)
+        chunks = live.engine.generate(_generation(request, prompt_ids, sampling, live.codec.end_ids))
+        last: TokenChunk | None = None
+        async with aclosing(coalesced(chunks, self.args.coalesce_ms / 1000)) as batches:
+            async for batch in batches:
+                last = batch[-1]
+                yield replace(text.feed(_tokens(batch)), num_prompt_tokens=last.num_prompt_tokens)
+                if text.stopped:
+                    break
+        if not text.stopped:
+            yield text.flush()
+        yield self._ending(live, text, last)
+
+    def _ending(self, live: LoadedVersion, text: TextAssembler, last: TokenChunk | None) -> Done | Fault:
+        reason = "stop" if text.stopped else last.finish_reason if last else None
+        if last is None or reason is None or reason == "abort":
+            return fault_of(EngineStopped(f"{self.args.id} ended the generation before its end. Send the request again."))
+        return Done(
+            finish_reason=reason,
+            num_prompt_tokens=last.num_prompt_tokens,
+            num_completion_tokens=text.num_tokens,
+            num_reasoning_tokens=text.num_reasoning_tokens,
+            num_cached_tokens=last.num_cached_tokens,
+            ref=live.artifact.ref,
+        )
+
+    def _prompt_ids(self, live: LoadedVersion, request: TextRequest) -> tuple[int, ...]:
+        if request.prompt_ids is not None:
+            return request.prompt_ids
+        if request.prompt is not None:
+            return tuple(live.codec.encode(request.prompt))
+        if not request.messages:
+            raise bad_request("messages is empty; send at least one.", param="messages")
+        return tuple(live.codec.render(self._instructed(live, request.messages)))
+
+    def _instructed(self, live: LoadedVersion, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        """The system message of the version's training, when the request brings none."""
+        system = self.args.system_prompt if self.args.system_prompt is not None else live.artifact.manifest.system_prompt
+        if not system or any(message.role == "system" for message in messages):
+            return messages
+        return (Message(role="system", content=system), *messages)
+
+
+def _tokens(batch: list[TokenChunk]) -> list[int]:
+    return [token for chunk in batch for token in chunk.token_ids]
+
+
+def _generation(request: TextRequest, prompt_ids: tuple[int, ...], sampling: Sampling, end_ids: tuple[int, ...]) -> GenerationRequest:
+    return GenerationRequest(
+        id=request.id,
+        prompt_ids=prompt_ids,
+        sampling=sampling,
+        stop_token_ids=end_ids,
+        ignore_eos=request.ignore_eos,
+        min_tokens=request.min_tokens,
+    )
+
+
+def registry_host(args: ModelArgs) -> ModelHost:
+    """A host on this machine's registry: what a replica runs."""
+    from r1ray.engine.create import create_engine
+    from r1ray.registry import Registry
+
+    registry = Registry()
+
+    async def load(artifact: Artifact) -> LoadedVersion:
+        codec = await asyncio.to_thread(TokenizerCodec, artifact, chat_template=Path(args.chat_template) if args.chat_template else None)
+        engine = await asyncio.to_thread(create_engine, artifact, args.engine, registry)
+        await engine.start()
+        return LoadedVersion(artifact, codec, engine)
+
+    return ModelHost(args, find=lambda: registry.resolve(args.ref), load=load)

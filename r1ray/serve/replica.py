@@ -1,0 +1,134 @@
+"""The ModelReplica deployment: a ModelHost with Ray around it, and the other end, a Backend over its handle.
+
+Thin on purpose; what it does is in host.py. The engine queues, not Serve: a replica accepts whatever comes and its engine admits
+or refuses exactly, so `max_ongoing_requests` is only a roof.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from r1ray.errors import QueueFull
+from r1ray.serve.config import ModelArgs
+from r1ray.serve.faults import fault_of, replica_lost
+from r1ray.serve.host import registry_host
+from r1ray.serve.protocol import BackendStats, Event, Fault, TextRequest
+from r1ray.types import Message
+
+__all__ = ["HandleBackend", "ModelReplica"]
+
+logger = logging.getLogger("ray.serve")
+LOST = (RayActorError, TaskCancelledError, RayServeException)
+READY_FOR_S = 1.0
+
+
+class ModelReplica:
+    """One model on one engine."""
+
+    async def __init__(self, args: ModelArgs) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._host = registry_host(args)
+        await self._host.start()
+        self._following = asyncio.create_task(self._host.follow())
+
+    async def stream(self, request: TextRequest) -> AsyncGenerator[Event, None]:
+        async with aclosing(self._host.stream(request)) as events:
+            async for event in events:
+                yield event
+
+    async def tokenize(self, text: str | None, messages: tuple[Message, ...]) -> tuple[int, ...]:
+        return await self._host.tokenize(text, messages)
+
+    async def detokenize(self, token_ids: tuple[int, ...]) -> str:
+        return await self._host.detokenize(token_ids)
+
+    async def stats(self) -> BackendStats:
+        return await self._host.stats()
+
+    async def check_health(self) -> None:
+        """Serve calls it; an exception has the replica replaced."""
+        self._host.check()
+
+    async def __del__(self) -> None:
+        self._following.cancel()
+        await self._host.stop()
+
+
+class HandleBackend:
+    """A Backend whose model lives in a deployment."""
+
+    def __init__(self, handle: DeploymentHandle, *, may_sleep: bool) -> None:
+        """`may_sleep`: the model has min_replicas 0, so no replica is no illness."""
+        self._handle = handle
+        self._streaming = handle.options(stream=True)
+        self._may_sleep = may_sleep
+        self._ready = False
+        self._asked_at = -READY_FOR_S
+
+    async def stream(self, request: TextRequest) -> AsyncGenerator[Event, None]:
+        """A replica that is lost before its first event costs a second try; later, the stream ends with a Fault."""
+        for attempt in (1, 2):
+            started = False
+            try:
+                async with aclosing(self._stream_once(request)) as events:
+                    async for event in events:
+                        started = True
+                        yield event
+                return
+            except Exception as error:  # whatever breaks between the processes must reach the client as a fault
+                if started or attempt == 2 or not isinstance(error, RayActorError):
+                    yield self._fault(error)
+                    return
+                logger.warning("%s lost its replica before the first token; trying another", request.id)
+
+    async def tokenize(self, text: str | None, messages: tuple[Message, ...]) -> tuple[int, ...]:
+        found: tuple[int, ...] = await self._handle.tokenize.remote(text, messages)
+        return found
+
+    async def detokenize(self, token_ids: tuple[int, ...]) -> str:
+        found: str = await self._handle.detokenize.remote(token_ids)
+        return found
+
+    async def stats(self) -> BackendStats:
+        found: BackendStats = await self._handle.stats.remote()
+        return found
+
+    async def ready(self) -> bool:
+        """Serve's own view of the deployment, asked at most once a second; a call to a replica would wake a sleeping model."""
+        if time.monotonic() - self._asked_at >= READY_FOR_S:
+            self._ready = await asyncio.to_thread(self._ask)
+            self._asked_at = time.monotonic()
+        return self._ready
+
+    async def _stream_once(self, request: TextRequest) -> AsyncGenerator[Event, None]:
+        response: Any = self._streaming.stream.remote(request)
+        ended = False
+        try:
+            async for event in response:
+                yield event
+            ended = True
+        finally:
+            if not ended:
+                response.cancel()
+
+    def _fault(self, error: Exception) -> Fault:
+        if isinstance(error, BackPressureError):
+            return fault_of(QueueFull("Too many requests wait already. Retry later."))
+        if isinstance(error, LOST):
+            logger.warning("A stream of %s was cut: %s: %s", self._handle.deployment_name, type(error).__name__, error)
+            return replica_lost()
+        return fault_of(error)
+
+    def _ask(self) -> bool:
+        status = serve.status().applications[self._handle.app_name].deployments[self._handle.deployment_name]
+        num_running = status.replica_states.get("RUNNING", 0)
+        return num_running > 0 or (self._may_sleep and status.status == "HEALTHY")

@@ -1,0 +1,43 @@
+"""The Router deployment: the FastAPI app of api.py over a ChatService whose backends are Serve handles."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from fastapi import FastAPI
+from ray.serve.handle import DeploymentHandle
+
+from r1ray.serve.api import create_api
+from r1ray.serve.chat import Card, ChatService, Served
+from r1ray.serve.config import AppArgs
+from r1ray.serve.grounding import Grounding
+from r1ray.serve.meter import LogSink, Meter, RaySink
+from r1ray.serve.replica import HandleBackend
+from r1ray.serve.retriever import HandleFinder
+
+__all__ = ["Router"]
+
+
+class Router:
+    """Holds no model and calls none when it starts, so that it never wakes a sleeping one."""
+
+    def __init__(
+        self,
+        args: AppArgs,
+        cards: Mapping[str, Card],
+        collections: Mapping[str, str],
+        models: Mapping[str, DeploymentHandle],
+        retrieval: DeploymentHandle | None = None,
+    ) -> None:
+        sleepy = {model.id: model.autoscaling.min_replicas == 0 for model in args.models}
+        served = {
+            id_: Served(cards[id_], HandleBackend(handle, may_sleep=sleepy[id_]), collections.get(id_)) for id_, handle in models.items()
+        }
+        meter = Meter([LogSink(logging.getLogger("ray.serve")), RaySink()])
+        grounding = Grounding(HandleFinder(retrieval), args.retrieval) if retrieval is not None else None
+        self._service = ChatService(served, args, meter, grounding)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve asks for the app once the constructor has run."""
+        return create_api(self._service)
