@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from r1ray.engine.adapters import Adapters
 from r1ray.engine.sampler import sample
 from r1ray.engine.scheduler import Group, Move, Stream
 from r1ray.engine.slots import ATTENTION, Layout, Piece, SlotCache
@@ -31,13 +31,12 @@ class ModelRunner:
         self.model.set_attn_implementation(ATTENTION)
         self.device = model.device
         self.vocab_size: int = model.get_input_embeddings().weight.shape[0]
-        self.adapters: set[str] = set()
-        self._active: str | None = None
+        self.adapters = Adapters(model)
         self._cache = SlotCache(num_slots=num_slots, latent=getattr(model.config, "kv_lora_rank", None) is not None)
 
     def step(self, group: Group) -> list[tuple[Stream, int | None]]:
         """Compute the group's tokens; the next token of each stream that has one now, None where its logits are not finite."""
-        self._activate(group.adapter)
+        self.adapters.activate(group.adapter)
         ids, sampled, streams = _packed(group)
         layout = Layout(
             rows=group.slots,
@@ -66,30 +65,6 @@ class ModelRunner:
 
     def clear(self, slot: int) -> None:
         self._cache.clear(slot)
-
-    def load_adapter(self, name: str, path: Path) -> None:
-        """A PEFT directory, kept beside the weights; a second one of the same name replaces the first."""
-        if name in self.adapters:
-            self.model.delete_adapter(name)
-            self.adapters.discard(name)
-        self.model.load_adapter(str(path), adapter_name=name)
-        for parameter_name, parameter in self.model.named_parameters():
-            if f".{name}." in parameter_name:
-                parameter.data = parameter.data.to(self.model.dtype)
-        self.model.eval()
-        self.adapters.add(name)
-        self._active = name
-        log.info("adapter %s loaded from %s", name, path)
-
-    def _activate(self, adapter: str | None) -> None:
-        if adapter == self._active:
-            return
-        if adapter is None:
-            self.model.disable_adapters()
-        else:
-            self.model.enable_adapters()
-            self.model.set_adapter(adapter)
-        self._active = adapter
 
 
 def _packed(group: Group) -> tuple[list[int], list[int], list[Stream]]:

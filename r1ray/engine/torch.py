@@ -133,8 +133,8 @@ class TorchEngine:
 
     def _submit(self, request: GenerationRequest) -> Stream:
         check_prompt(request, context_length=self.context_length, vocab_size=self._runner.vocab_size)
-        if request.adapter is not None and request.adapter not in self._runner.adapters:
-            raise UnknownAdapter(f"No adapter {request.adapter!r} is loaded; loaded: {sorted(self._runner.adapters)}. Load it first.")
+        if request.adapter is not None and request.adapter not in self._runner.adapters.names:
+            raise UnknownAdapter(f"No adapter {request.adapter!r} is loaded; loaded: {sorted(self._runner.adapters.names)}. Load it first.")
         stream = Stream(
             request=request,
             mailbox=Mailbox(),
@@ -189,14 +189,18 @@ class TorchEngine:
             self._flush()
 
     def _step(self) -> None:
-        """1. plan  2. compute each adapter's group  3. book the tokens  4. post them, one wake-up per event loop."""
-        for group in self._scheduler.plan():
-            completed = {id(s.stream) for s in group.segments if s.completes}
-            for stream, token in self._runner.step(group):
-                if id(stream) in completed:
-                    self._scheduler.complete_prefill(stream)
-                    self._counts["prompt"] += len(stream.request.prompt_ids)
-                self._book(stream, token)
+        """1. plan  2. compute every adapter's group  3. book the tokens  4. post them, one wake-up per event loop.
+
+        Booking waits for all groups: a stream that ends moves others to new slots, and the plan names the old ones.
+        """
+        plan = self._scheduler.plan()
+        results = [result for group in plan for result in self._runner.step(group)]
+        completed = [s for group in plan for s in group.segments if s.completes]
+        for segment in sorted(completed, key=lambda s: s.slot):
+            self._scheduler.complete_prefill(segment.stream)
+            self._counts["prompt"] += len(segment.stream.request.prompt_ids)
+        for stream, token in results:
+            self._book(stream, token)
         self._counts["steps"] += 1
         self._flush()
 
@@ -221,7 +225,7 @@ class TorchEngine:
 
     def _load(self, done: Future[None], name: str, path: Path) -> None:
         try:
-            self._runner.load_adapter(name, path)
+            self._runner.adapters.load(name, path)
         except Exception as error:  # handed to whoever awaits it; the streams run on
             done.set_exception(error)
         else:

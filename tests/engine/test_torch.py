@@ -1,0 +1,357 @@
+"""Whatever joins or leaves the batch, every stream gets what it would have got alone."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import importlib.util
+import random
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from r1ray.errors import EngineStopped, GenerationFailed, InvalidRequest, PromptTooLong, QueueFull, UnknownAdapter
+
+_spec = importlib.util.spec_from_file_location("engine_fixtures", Path(__file__).with_name("conftest.py"))
+kit = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(kit)
+collect, lively, prompts, running, tokens, until, wanted = (
+    kit.collect, kit.lively, kit.prompts, kit.running, kit.tokens, kit.until, kit.wanted,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", range(3))
+def test_greedy_tokens_equal_transformers_generate_in_any_company(family, reference, schedule):
+    rng = random.Random(schedule)
+    asked = prompts(9, seed=schedule)
+    lengths = [rng.randint(1, 14) for _ in asked]
+    expected = [reference(lively(family), p, n) for p, n in zip(asked, lengths, strict=True)]
+    leaves_early = {rng.randrange(len(asked)) for _ in range(3)}
+
+    async def one(engine, i):
+        await asyncio.sleep(rng.random() * 0.03)
+        got = []
+        async with aclosing(engine.generate(wanted(str(i), asked[i], max_tokens=lengths[i]))) as chunks:
+            async for chunk in chunks:
+                got += chunk.token_ids
+                if i in leaves_early and len(got) > lengths[i] // 2:
+                    break
+        return got
+
+    async def scenario():
+        async with running(lively(family), num_slots=1 + schedule * 2, prefill_chunk=rng.choice([1, 7, 64])) as engine:
+            return await asyncio.gather(*(one(engine, i) for i in range(len(asked))))
+
+    for i, (got, right) in enumerate(zip(asyncio.run(scenario()), expected, strict=True)):
+        assert got == (right[: len(got)] if i in leaves_early else right), f"stream {i}"
+
+
+def test_a_stream_outgrows_the_cache_and_keeps_its_tokens(tiny_qwen2, reference):
+    long, short = prompts(2, longest=20)
+    expected = [reference(lively(tiny_qwen2), long, 300), reference(lively(tiny_qwen2), short, 30)]
+
+    async def scenario():
+        async with running(lively(tiny_qwen2), num_slots=2) as engine:
+            return await asyncio.gather(
+                tokens(engine, wanted("a", long, max_tokens=300)), tokens(engine, wanted("b", short, max_tokens=30))
+            )
+
+    assert asyncio.run(scenario()) == expected
+
+
+def test_two_streams_progress_together(tiny_llama):
+    order = []
+
+    async def one(engine, name):
+        async with aclosing(engine.generate(wanted(name, (5, 6, 7), max_tokens=30))) as chunks:
+            async for _ in chunks:
+                order.append(name)
+
+    async def scenario():
+        async with running(lively(tiny_llama), num_slots=2) as engine:
+            await asyncio.gather(one(engine, "a"), one(engine, "b"))
+
+    asyncio.run(scenario())
+    assert "b" in order[: order.index("a") + 20]
+    assert order.index("b") < len(order) - 1 - order[::-1].index("a")
+
+
+def test_a_long_prompt_does_not_stop_the_running_streams(tiny_llama):
+    async def scenario():
+        async with running(lively(tiny_llama), num_slots=2, prefill_chunk=10) as engine:
+            chunks = engine.generate(wanted("a", (5,), max_tokens=400))
+            await anext(chunks)
+            before = engine.stats()
+            await tokens(engine, wanted("long", tuple(range(20, 420)), max_tokens=1))
+            after = engine.stats()
+            await chunks.aclose()
+        return after.num_generated_tokens - before.num_generated_tokens
+
+    assert asyncio.run(scenario()) >= 30  # 400 prompt tokens took 40 steps, each with a token for the other
+
+
+@pytest.mark.parametrize("way", ["abort", "close", "cancel", "forget"])
+def test_a_client_that_leaves_frees_its_slot(tiny_llama, way):
+    async def consume(engine):
+        return [chunk async for chunk in engine.generate(wanted("a", (5, 6), max_tokens=500))]
+
+    async def scenario():
+        async with running(lively(tiny_llama), num_slots=1) as engine:
+            if way in ("abort", "cancel"):
+                task = asyncio.create_task(consume(engine))
+                await until(lambda: engine.stats().num_running == 1)
+                if way == "abort":
+                    await engine.abort("a")
+                    assert (await task)[-1].finish_reason == "abort"
+                else:
+                    task.cancel()
+            else:
+                chunks = engine.generate(wanted("a", (5, 6), max_tokens=500))
+                await anext(chunks)
+                if way == "close":
+                    await chunks.aclose()
+                del chunks
+                gc.collect()
+            await until(lambda: engine.stats().num_free_slots == 1)
+            return engine.stats()
+
+    stats = asyncio.run(scenario())
+    assert stats.num_aborted == 1
+    assert stats.num_generated_tokens < 500
+
+
+def test_an_abort_takes_effect_before_the_next_step(tiny_llama):
+    async def scenario():
+        async with running(lively(tiny_llama), num_slots=1) as engine:
+            chunks = engine.generate(wanted("a", (5, 6), max_tokens=500))
+            await anext(chunks)
+            await engine.abort("a")
+            at = engine.stats().num_steps
+            await until(lambda: engine.stats().num_free_slots == 1)
+            return engine.stats().num_steps - at
+
+    assert asyncio.run(scenario()) <= 1
+
+
+def test_a_waiting_request_can_be_aborted(tiny_llama):
+    async def scenario():
+        async with running(lively(tiny_llama), num_slots=1) as engine:
+            first = engine.generate(wanted("a", (5,), max_tokens=500))
+            await anext(first)
+            second = asyncio.create_task(collect(engine, wanted("b", (6,))))
+            await until(lambda: engine.stats().num_waiting == 1)
+            await engine.abort("b")
+            return (await second)[-1]
+
+    last = asyncio.run(scenario())
+    assert (last.finish_reason, last.token_ids) == ("abort", ())
+
+
+def test_a_more_urgent_request_starts_first(tiny_llama):
+    finished = []
+
+    async def one(engine, name, priority):
+        await collect(engine, wanted(name, (5,), max_tokens=3, priority=priority))
+        finished.append(name)
+
+    async def scenario():
+        async with running(lively(tiny_llama), num_slots=1) as engine:
+            blocker = asyncio.create_task(collect(engine, wanted("first", (5,), max_tokens=100)))
+            await until(lambda: engine.stats().num_running == 1)
+            await asyncio.gather(one(engine, "late", 5), one(engine, "urgent", -1), one(engine, "normal", 0), blocker)
+
+    asyncio.run(scenario())
+    assert finished == ["urgent", "normal", "late"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "says"),
+    [
+        (wanted("a", ()), InvalidRequest, "empty prompt"),
+        (wanted("a", (3, 9999)), InvalidRequest, "9999"),
+        (wanted("a", tuple(range(20, 60))), PromptTooLong, "40 tokens leaves no room in the context of 40"),
+        (wanted("a", (5,), adapter="x"), UnknownAdapter, "'x'"),
+    ],
+)
+def test_a_request_that_cannot_run_is_refused(tiny_llama, request_, error, says):
+    async def scenario():
+        async with running(lively(tiny_llama), max_context=40) as engine:
+            await collect(engine, request_)
+
+    with pytest.raises(error, match=says):
+        asyncio.run(scenario())
+
+
+def test_a_full_queue_refuses_and_recovers(tiny_llama):
+    async def scenario():
+        async with running(lively(tiny_llama), num_slots=1, max_waiting=1) as engine:
+            asked = [collect(engine, wanted(str(i), (5,), max_tokens=40)) for i in range(4)]
+            results = await asyncio.gather(*asked, return_exceptions=True)
+            return [type(r) for r in results], await tokens(engine, wanted("again", (5,), max_tokens=2))
+
+    kinds, again = asyncio.run(scenario())
+    assert kinds == [list, list, QueueFull, QueueFull]
+    assert len(again) == 2
+
+
+def test_max_tokens_is_clipped_to_the_context(tiny_llama):
+    async def scenario():
+        async with running(lively(tiny_llama), max_context=20) as engine:
+            return await collect(engine, wanted("a", (5,) * 15, max_tokens=100))
+
+    chunks = asyncio.run(scenario())
+    assert sum(len(c.token_ids) for c in chunks) == 5
+    assert chunks[-1].finish_reason == "length"
+
+
+def test_end_of_text_stops_unless_ignored_or_too_early(tiny_llama, reference):
+    answer = reference(lively(tiny_llama), (5, 6, 7), 12)
+    end = answer[3]
+    first = answer.index(end)
+
+    async def scenario():
+        async with running(lively(tiny_llama), eos=(end,)) as engine:
+            stopped = await collect(engine, wanted("a", (5, 6, 7), ignore_eos=False))
+            ignored = await tokens(engine, wanted("b", (5, 6, 7)))
+            longer = await tokens(engine, wanted("c", (5, 6, 7), ignore_eos=False, min_tokens=10))
+        return stopped, ignored, longer
+
+    stopped, ignored, longer = asyncio.run(scenario())
+    assert [t for c in stopped for t in c.token_ids] == answer[:first]
+    assert (stopped[-1].finish_reason, stopped[-1].num_prompt_tokens) == ("stop", 3)
+    assert ignored == answer
+    assert len(longer) >= 10
+    assert end not in longer[:10]
+
+
+def test_a_request_has_stop_tokens_of_its_own(tiny_llama, reference):
+    answer = reference(lively(tiny_llama), (5, 6, 7), 12)
+
+    async def scenario():
+        async with running(lively(tiny_llama)) as engine:
+            return await collect(engine, wanted("a", (5, 6, 7), ignore_eos=False, stop_token_ids=(answer[2],)))
+
+    assert [t for c in asyncio.run(scenario()) for t in c.token_ids] == answer[: answer.index(answer[2])]
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_in_company(tiny_qwen2):
+    settings = {"seed": 7, "top_p": 0.9, "top_k": 50, "frequency_penalty": 0.5, "repetition_penalty": 1.1}
+    mine = wanted("mine", (5, 6, 7), temperature=1.0, sampling=settings, max_tokens=20)
+
+    async def scenario():
+        async with running(lively(tiny_qwen2), num_slots=5) as engine:
+            alone = await tokens(engine, mine)
+            others = [tokens(engine, wanted(str(i), p, temperature=0.7)) for i, p in enumerate(prompts(6))]
+            crowded, *_ = await asyncio.gather(tokens(engine, mine), *others)
+            other_seed = await tokens(engine, wanted("x", (5, 6, 7), temperature=1.0, sampling={**settings, "seed": 8}, max_tokens=20))
+        return alone, crowded, other_seed
+
+    alone, crowded, other_seed = asyncio.run(scenario())
+    assert alone == crowded
+    assert alone != other_seed
+
+
+def test_broken_logits_fail_one_request_only(tiny_llama, reference):
+    good = (5, 6, 7)
+    expected = reference(lively(tiny_llama), good, 12)
+    model = lively(tiny_llama)
+    model.model.embed_tokens.weight.data[499] = float("nan")
+
+    async def scenario():
+        async with running(model, num_slots=2) as engine:
+            results = await asyncio.gather(
+                tokens(engine, wanted("bad", (499, 5))), tokens(engine, wanted("good", good)), return_exceptions=True
+            )
+            return results, await tokens(engine, wanted("next", good)), engine.stats()
+
+    (bad, beside), after, stats = asyncio.run(scenario())
+    assert isinstance(bad, GenerationFailed)
+    assert beside == expected
+    assert after == expected, "the slot is clean again"
+    assert stats.num_failed == 1
+
+
+def test_death_of_the_engine_reaches_every_consumer(tiny_llama):
+    model = lively(tiny_llama)
+
+    async def scenario():
+        async with running(model, num_slots=2) as engine:
+            tasks = [asyncio.create_task(collect(engine, wanted(str(i), (5,), max_tokens=500))) for i in range(4)]
+            await until(lambda: engine.stats().num_generated_tokens > 4)
+            model.forward = None  # the next step raises
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            with pytest.raises(EngineStopped):
+                await collect(engine, wanted("late", (5,)))
+            with pytest.raises(EngineStopped):
+                await engine.load_adapter("late", Path("nowhere"))
+            return results, engine.stats()
+
+    results, stats = asyncio.run(scenario())
+    assert [type(r) for r in results] == [EngineStopped] * 4
+    assert stats.state == "failed"
+    assert "TypeError" in stats.error
+
+
+def test_stop_drains_then_ends_the_rest(tiny_llama):
+    async def scenario():
+        async with running(lively(tiny_llama), num_slots=2) as engine:
+            short = asyncio.create_task(tokens(engine, wanted("short", (5,), max_tokens=5)))
+            endless = asyncio.create_task(tokens(engine, wanted("endless", (5,), max_tokens=500)))
+            await until(lambda: engine.stats().num_running == 2)
+            stopping = asyncio.create_task(engine.stop(drain_s=0.05))
+            await until(lambda: engine.stats().state != "running")
+            with pytest.raises(EngineStopped):
+                await tokens(engine, wanted("late", (5,)))
+            await stopping
+            return await asyncio.gather(short, endless, return_exceptions=True)
+
+    short, endless = asyncio.run(scenario())
+    assert len(short) == 5
+    assert isinstance(endless, EngineStopped)
+
+
+def test_an_engine_that_was_not_started_says_so(tiny_llama):
+    from r1ray.engine.torch import TorchEngine
+
+    with pytest.raises(EngineStopped, match="is new"):
+        asyncio.run(collect(TorchEngine(lively(tiny_llama)), wanted("a", (5,))))
+
+
+def adapter(model_directory: Path, out: Path, seed: int) -> Path:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(lively(model_directory), config).save_pretrained(out)
+    return out
+
+
+def test_requests_of_different_adapters_run_together(tiny_qwen2, tmp_path, reference):
+    from peft import PeftModel
+
+    paths = {name: adapter(tiny_qwen2, tmp_path / name, seed) for seed, name in enumerate(("one", "two"), start=1)}
+    prompt = (5, 6, 7, 8)
+    expected = {name: reference(PeftModel.from_pretrained(lively(tiny_qwen2), path), prompt, 12) for name, path in paths.items()}
+    expected[None] = reference(lively(tiny_qwen2), prompt, 12)
+
+    async def scenario():
+        async with running(lively(tiny_qwen2), num_slots=4) as engine:
+            running_before = asyncio.create_task(tokens(engine, wanted("base", prompt, max_tokens=60)))
+            for name, path in paths.items():
+                await engine.load_adapter(name, path)
+            names = [None, "one", "two", "one", None]
+            got = await asyncio.gather(*(tokens(engine, wanted(str(i), prompt, adapter=n)) for i, n in enumerate(names)))
+            await engine.load_adapter("one", paths["two"])
+            replaced = await tokens(engine, wanted("r", prompt, adapter="one"))
+            with pytest.raises(Exception, match="nowhere"):
+                await engine.load_adapter("broken", tmp_path / "nowhere")
+            return list(zip(names, got, strict=True)), replaced, await running_before
+
+    answers, replaced, before = asyncio.run(scenario())
+    assert len({tuple(v) for v in expected.values()}) == 3
+    for name, got in answers:
+        assert got == expected[name], name
+    assert replaced == expected["two"]
+    assert before[:12] == expected[None]
