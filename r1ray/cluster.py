@@ -33,6 +33,7 @@ __all__ = [
     "haproxy_available",
     "num_placeable",
     "prepare_environment",
+    "ray_environment",
     "serve_environment",
     "worker_environment",
 ]
@@ -61,17 +62,21 @@ _ENVIRONMENT = {
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
-def prepare_environment() -> None:
-    """Set what Ray and its workers read at import, keeping whatever the user has set. Call before the first `import ray`.
+def ray_environment() -> dict[str, str]:
+    """What Ray and its workers must find in their environment; what the user has set stays.
 
     R1RAY_ALLOW_HUB=1 lets transformers ask a hub; otherwise nothing reaches for the network.
     """
     wanted = _ENVIRONMENT if os.environ.get("R1RAY_ALLOW_HUB") == "1" else {**_ENVIRONMENT, **_OFFLINE}
     # Explicit on both sides: a token file that any earlier ray.init() left would otherwise turn authentication on by itself.
     has_token = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
-    os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
-    for name, value in wanted.items():
-        os.environ.setdefault(name, value)
+    wanted = {"RAY_AUTH_MODE": "token" if has_token else "disabled", **wanted}
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
+def prepare_environment() -> None:
+    """Put `ray_environment()` into this process. Call before the first `import ray`."""
+    os.environ.update(ray_environment())
 
 
 def worker_environment(*, threads: int, use_gpu: bool) -> dict[str, str]:

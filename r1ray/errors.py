@@ -38,6 +38,7 @@
     ├── RetrievalError
     │   └── CollectionNotFound      no index of that name
     └── ServingError                a deployment that cannot be composed from its configuration
+        └── ServerUnreachable       no OpenAI endpoint answers at the URL, or it refuses
 
 Each takes one sentence: what is wrong, the value, the limit, what to do. One positional argument keeps them picklable,
 so that they cross Ray's process boundaries unchanged.
@@ -70,6 +71,7 @@ __all__ = [
     "R1RayError",
     "RegistryError",
     "RetrievalError",
+    "ServerUnreachable",
     "ServingError",
     "TemplateMismatch",
     "TemplateNotTrainable",
@@ -198,3 +200,6 @@ class CollectionNotFound(RetrievalError): ...
 
 
 class ServingError(R1RayError): ...
+
+
+class ServerUnreachable(ServingError): ...

@@ -1,0 +1,5 @@
+"""The `r1ray` command. Reading order: commands (what there is), doctor (the checks), chat (the streaming client)."""
+
+from r1ray.cli.commands import app
+
+__all__ = ["app"]

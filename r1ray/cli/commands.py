@@ -1,0 +1,192 @@
+"""The `r1ray` command: look after models and the cluster, talk to a served model.
+
+Parses, calls one function of the library, draws a table. Training, tuning and serving are jobs (`ray job submit`, `serve run`).
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from r1ray.errors import R1RayError
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None)
+Reference = Annotated[str, typer.Argument(help="name, name@alias or name@version")]
+
+_SHOWN_METRICS = 6
+
+
+def console() -> Console:
+    """Made anew, so that it writes to the current stdout."""
+    return Console(highlight=False)
+
+
+def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A subcommand whose R1RayError is one line on stderr and exit code 1; a defect of ours keeps its traceback."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except R1RayError as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr)
+                raise typer.Exit(1) from error
+
+        app.command(name)(guarded)
+        return function
+
+    return register
+
+
+@command("doctor")
+def doctor(
+    start: Annotated[bool, typer.Option(help="Start a local Ray cluster when none is configured, to see that it works.")] = False,
+) -> None:
+    """What is installed, which cluster answers, what fits on it; exit code 1 when something must be mended."""
+    from r1ray.cli.doctor import examine
+
+    table = Table("what", "found", box=None, header_style="bold")
+    findings = examine(start=start)
+    for finding in findings:
+        style = {"ok": "", "warning": "yellow", "wrong": "red"}[finding.level]
+        table.add_row(finding.subject, finding.text, style=style)
+    console().print(table)
+    if any(finding.level == "wrong" for finding in findings):
+        raise typer.Exit(1)
+
+
+@command("environment")
+def environment(
+    fast_serve: Annotated[
+        bool, typer.Option(help="Add HAProxy in front of Serve; it binds ports 8404 and 9101 on all interfaces.")
+    ] = False,
+) -> None:
+    """Shell exports that must be set before `ray start`: eval "$(r1ray environment)"."""
+    import shlex
+
+    from r1ray import cluster
+
+    variables = cluster.ray_environment() | (cluster.serve_environment() if fast_serve else {})
+    for name, value in sorted(variables.items()):
+        print(f"export {name}={shlex.quote(value)}")
+
+
+@command("import")
+def import_model(
+    source: Annotated[str, typer.Argument(help="Hugging Face directory, *.gguf, adapter directory, `smollm2` or a hub id")],
+    name: Annotated[str | None, typer.Option(help="Name in the registry; from the source when absent.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base of an adapter, as a registry reference.")] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="Jinja file that replaces the model's own template.")] = None,
+) -> None:
+    """Register a model."""
+    from r1ray.model import importer
+    from r1ray.registry import Registry
+
+    artifact = importer.import_model(source, name=name, registry=Registry(), base=base, chat_template=chat_template)
+    manifest = artifact.manifest
+    console().print(
+        f"{artifact.ref}: {manifest.family}, {manifest.num_parameters / 1e6:.1f} M parameters, in {artifact.path}", soft_wrap=True
+    )
+
+
+@command("models")
+def models(name: Annotated[str | None, typer.Argument(help="Show the versions of this model.")] = None) -> None:
+    """List the models, or the versions of one."""
+    from r1ray.registry import Registry
+
+    registry = Registry()
+    if name is not None:
+        console().print(_versions_table(registry.versions(name)))
+        return
+    table = Table("model", "versions", "aliases", "kind", "created", box=None, header_style="bold")
+    for model in registry.models():
+        aliases = ", ".join(f"{alias}={version}" for alias, version in sorted(model.aliases.items()))
+        newest = model.versions[0]
+        table.add_row(model.name, str(len(model.versions)), aliases, newest.kind, newest.created_at[:19])
+    console().print(table if table.row_count else f"No model in {registry.settings.registry_uri}. Import one: r1ray import smollm2")
+
+
+@command("promote")
+def promote(ref: Reference, alias: Annotated[str, typer.Option(help="Alias to move.")] = "production") -> None:
+    """Point an alias at a version; serving follows it."""
+    from r1ray.registry import Registry
+
+    console().print(f"{alias} is now {Registry().promote(ref, alias).ref}")
+
+
+@command("rollback")
+def rollback(
+    name: Annotated[str, typer.Argument(help="Model name")], alias: Annotated[str, typer.Option(help="Alias to move.")] = "production"
+) -> None:
+    """Point an alias back at what it named before; may be repeated."""
+    from r1ray.registry import Registry
+
+    console().print(f"{alias} is now {Registry().rollback(name, alias).ref}")
+
+
+@command("lineage")
+def lineage(ref: Reference) -> None:
+    """A version and what it was made from."""
+    from r1ray.registry import Registry
+
+    table = Table("version", "kind", "base", "data", "metrics", "created", box=None, header_style="bold")
+    for artifact in Registry().lineage(ref):
+        manifest = artifact.manifest
+        table.add_row(
+            artifact.ref,
+            manifest.kind,
+            manifest.base or "",
+            (manifest.data_hash or "")[:12],
+            _metrics(manifest.metrics),
+            manifest.created_at[:19],
+        )
+    console().print(table)
+
+
+@command("chat")
+def chat(
+    url: Annotated[str, typer.Option(help="An OpenAI-compatible endpoint.")] = "http://127.0.0.1:8000/v1",
+    model: Annotated[str | None, typer.Option(help="Model id; the first that the server has when absent.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer; the server's default when absent.")] = None,
+    once: Annotated[str | None, typer.Option(help="Ask this one question and end.")] = None,
+) -> None:
+    """Talk to a served model; reasoning is dimmed, sources follow the answer. /new forgets, /quit or Ctrl-D ends."""
+    from r1ray.cli.chat import Chat, converse
+
+    session = Chat.connect(url, model=model, system=system, max_tokens=max_tokens)
+    converse(session, console(), once=once)
+
+
+@command("demo-data")
+def demo_data(
+    out: Annotated[Path, typer.Argument(help="Directory to write to")], seed: Annotated[int, typer.Option(help="Of the generator.")] = 0
+) -> None:
+    """Write the bank customer service demo: training and held-out dialogues and a knowledge base."""
+    from r1ray.data.demo import write_demo
+
+    paths = write_demo(out, seed=seed)
+    console().print(f"{paths.train}\n{paths.test}\n{paths.knowledge}", soft_wrap=True)
+
+
+def _versions_table(versions: list[Any]) -> Table:
+    table = Table("version", "aliases", "kind", "metrics", "parents", "created", box=None, header_style="bold")
+    for info in versions:
+        row = (str(info.version), ", ".join(info.aliases), info.kind, _metrics(info.metrics), ", ".join(info.parents), info.created_at[:19])
+        table.add_row(*row, style="bold" if "production" in info.aliases else "")
+    return table
+
+
+def _metrics(metrics: Any) -> str:
+    shown = [f"{name} {value:.4g}" for name, value in sorted(metrics.items())]
+    return ", ".join(shown[:_SHOWN_METRICS]) + (f", {len(shown) - _SHOWN_METRICS} more" if len(shown) > _SHOWN_METRICS else "")
