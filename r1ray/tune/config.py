@@ -5,15 +5,13 @@ The hyperparameter sweep nests a whole training config, whose schema is the trai
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, model_validator
 
 from r1ray.config import Config
 from r1ray.data.config import DataConfig
 from r1ray.engine.config import EngineConfig
 from r1ray.tune.profiles import PROFILES
-from r1ray.tune.space import Choice, Space, Uniform, check_keys
+from r1ray.tune.space import Choice, Space, Uniform, bounds, check_keys
 from r1ray.types import Sampling
 
 __all__ = ["RuleConfig", "SamplingSweepConfig"]
@@ -71,7 +69,7 @@ class SamplingSweepConfig(Config):
         if not self.candidates:
             raise ValueError("at least one candidate is needed: the first is the baseline of the latency limit")
         check_keys(self.space, Sampling)
+        for key, distribution in self.space.items():
+            for value in bounds(distribution):
+                Sampling.model_validate({key: value})
         return self
-
-
-Objective = Literal["quality", "latency_s"]

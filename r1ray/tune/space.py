@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, model_validator
 from r1ray.config import Config, keys
 from r1ray.errors import InvalidValue, UnknownKey
 
-__all__ = ["Choice", "Distribution", "Integer", "LogUniform", "Space", "Uniform", "assign", "check_keys", "distributions"]
+__all__ = ["Choice", "Distribution", "Integer", "LogUniform", "Space", "Uniform", "assign", "bounds", "check_keys", "distributions"]
 
 Value = bool | int | float | str | None
 
@@ -94,6 +94,11 @@ def assign(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]
             node = node[group]
         node[leaf] = value
     return result
+
+
+def bounds(distribution: Uniform | LogUniform | Integer | Choice) -> tuple[Value, ...]:
+    """The extreme values, which must be valid settings before a sweep starts."""
+    return distribution.values if isinstance(distribution, Choice) else (distribution.low, distribution.high)
 
 
 def distributions(space: Mapping[str, Uniform | LogUniform | Integer | Choice]) -> dict[str, Any]:

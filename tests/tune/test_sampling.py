@@ -1,0 +1,68 @@
+"""How a sampling sweep chooses, names itself and times answers; Ray's part is in tests/integration."""
+
+import math
+
+import pytest
+
+from r1ray.config import load_config
+from r1ray.engine.config import EngineConfig
+from r1ray.engine.fake import FakeEngine
+from r1ray.engine.offline import generate_all
+from r1ray.engine.protocol import GenerationRequest
+from r1ray.errors import TuningError
+from r1ray.tune.config import RuleConfig, SamplingSweepConfig
+from r1ray.tune.report import Setting
+from r1ray.tune.sampling import choose, sweep_name
+from r1ray.tune.timing import TimedEngine
+from r1ray.types import Artifact, Manifest, Sampling, TemplateInfo
+
+
+def setting(name, quality, latency_s):
+    return Setting(name=name, sampling=Sampling(), quality=quality, latency_s=latency_s)
+
+
+def test_the_choice_is_the_best_quality_within_the_limit_and_lies_on_the_front():
+    settings = [setting("base", 0.80, 1.0), setting("better", 0.85, 1.15), setting("slow", 0.95, 1.3), setting("worse", 0.7, 1.1)]
+    found, limit_s = choose(settings, "base", RuleConfig(max_slowdown=0.2))
+    assert limit_s == pytest.approx(1.2)
+    assert [s.name for s in found if s.is_chosen] == ["better"]
+    assert [s.name for s in found if s.on_front] == ["base", "better", "slow"]
+
+
+def test_without_its_baseline_a_sweep_cannot_choose():
+    with pytest.raises(TuningError, match="baseline 'base' was not measured"):
+        choose([setting("base", 0.8, math.nan), setting("greedy", 0.9, 1.0)], "base", RuleConfig())
+
+
+def sweep(*overrides):
+    return load_config(SamplingSweepConfig, None, ["model=m", "data.path=x.parquet", *overrides])
+
+
+def artifact(tmp_path, weights="a"):
+    manifest = Manifest(
+        name="m",
+        kind="full",
+        family="llama",
+        weights_sha256=weights,
+        template=TemplateInfo(sha256="t"),
+        context_length=64,
+        num_parameters=1,
+        created_at="now",
+    )
+    return Artifact(path=tmp_path, manifest=manifest, version=3)
+
+
+def test_a_new_rule_names_the_same_sweep_and_new_weights_another(tmp_path):
+    name = sweep_name(sweep(), artifact(tmp_path))
+    assert name == sweep_name(sweep("rule.max_slowdown=0.5", "attach=false", "model=m@production"), artifact(tmp_path))
+    assert name != sweep_name(sweep("limit=3"), artifact(tmp_path))
+    assert name != sweep_name(sweep(), artifact(tmp_path, weights="b"))
+
+
+def test_every_answer_is_timed():
+    engine = TimedEngine(FakeEngine(EngineConfig(type="fake", num_slots=2, max_waiting=0), context_length=64))
+    requests = [GenerationRequest(id=f"r{i}", prompt_ids=(5, 6, 7), sampling=Sampling(max_tokens=4)) for i in range(5)]
+    assert len(generate_all(engine, requests)) == 5
+    assert len(engine.seconds) == len(engine.ttft_s) == 5
+    assert engine.num_tokens == 15
+    assert all(first <= total for first, total in zip(sorted(engine.ttft_s), sorted(engine.seconds), strict=True))
