@@ -34,12 +34,31 @@ C = TypeVar("C", bound=Config)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `2e-5` as text; users mean a number."""
+    """YAML 1.1 reads `2e-5` as text; users mean a number. It also takes the second of two equal keys in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"it has {key.value!r} twice", problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """The twin of `_Loader`: quotes what that would read as a number."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    """Unicode's line breaks survive only inside double quotes, where they are escaped."""
+    style = '"' if any(mark in value for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+_Dumper.add_representer(str, _text)
 
 
 def load_config(schema: type[C], path: str | Path | None = None, overrides: Sequence[str] = ()) -> C:
@@ -69,7 +88,7 @@ def parse_arguments(schema: type[C], description: str | None, argv: Sequence[str
 
 def dump_yaml(config: BaseModel) -> str:
     """The resolved config as YAML, fields in declaration order: what is printed once and stored in the artifact."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def config_hash(config: BaseModel) -> str:
@@ -103,7 +122,7 @@ def _read(path: Path) -> dict[str, Any]:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError as error:
         raise InvalidValue(f"No config file at {path}. Give an existing YAML file, e.g. one of jobs/configs/.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise InvalidValue(f"{path} is no readable YAML: {error}. Mend the line it names.") from error
     if tree is None:
         return {}
@@ -114,7 +133,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
+    if not equals or not all(part.strip() for part in dotted.split(".")):
         raise InvalidValue(f"Override {override!r} is not of the form key=value. Write e.g. train.learning_rate=2e-5.")
     try:
         value = yaml.load(text, Loader=_Loader)
@@ -123,7 +142,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     *parents, leaf = dotted.strip().split(".")
     node = tree
     for parent in parents:
-        child = node.setdefault(parent, {})
+        child = node.get(parent)
+        child = node[parent] = {} if child is None else child
         if not isinstance(child, dict):
             raise InvalidValue(f"Override {override!r}: {parent} is {child!r}, which has no fields. Drop .{leaf}.")
         node = child
@@ -132,7 +152,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _validate(schema: type[C], tree: dict[str, Any], origin: str) -> C:
     try:
-        return schema.model_validate(tree)
+        return schema.model_validate(_without_empty_sections(schema, tree))
     except ValidationError as error:
         raise _translate(schema, error, origin) from error
 
@@ -147,14 +167,51 @@ def _translate(schema: type[BaseModel], error: ValidationError, origin: str) -> 
     return InvalidValue(f"In {origin}: " + " ".join(lines) + " Correct the value; each field's limits are in its config class.")
 
 
+def _without_empty_sections(schema: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
+    """`train:` with every line below it commented out means the defaults, not null, unless the field may be null."""
+    kept = {}
+    for name, value in tree.items():
+        info = schema.model_fields.get(name)
+        nested = _nested(info.annotation) if info else []
+        if value is None and info and nested and type(None) not in get_args(info.annotation):
+            continue
+        deeper = isinstance(value, dict) and len(nested) == 1
+        kept[name] = _without_empty_sections(nested[0], value) if deeper else value
+    return kept
+
+
 def _unknown_key(schema: type[BaseModel], location: tuple[int | str, ...], origin: str) -> str:
-    key = _dotted(location)
-    known = list(keys(schema))
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    leaf = key.rsplit(".", 1)[-1]
-    near = near or [k for k in known if k.rsplit(".", 1)[-1] in difflib.get_close_matches(leaf, [x.rsplit(".", 1)[-1] for x in known], n=1)]
-    hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(schema.model_fields)}."
-    return f"Unknown key {key!r} in {origin}. {hint}"
+    known = list(dict.fromkeys(_keys_inside(schema)))
+    segments = {segment for key in known for segment in key.split(".")}
+    # pydantic also names the variant of a union on the way, which is no key
+    path = [part for part in location[:-1] if isinstance(part, int) or part in segments]
+    parents = [part for part in path if isinstance(part, str)]
+    shown, bare, leaf = _dotted((*path, location[-1])), _dotted((*parents, location[-1])), str(location[-1])
+    siblings = [key for key in known if key.split(".")[:-1] == parents]
+    for candidates, wanted in ((siblings, bare), (known, bare)):
+        if near := difflib.get_close_matches(wanted, candidates, n=1, cutoff=0.6):
+            break
+    else:
+        leaves = difflib.get_close_matches(leaf, [key.rsplit(".", 1)[-1] for key in known], n=1)
+        near = [key for key in known if key.rsplit(".", 1)[-1] in leaves]
+    if near and near[0] in siblings:
+        near = [_dotted((*path, near[0].rsplit(".", 1)[-1]))]
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(siblings or schema.model_fields)}."
+    return f"Unknown key {shown!r} in {origin}. {hint}"
+
+
+def _keys_inside(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """As `keys`, but also inside lists and mappings of configs, without their indices."""
+    for name, info in schema.model_fields.items():
+        yield prefix + name
+        for nested in _schemas(info.annotation):
+            yield from _keys_inside(nested, f"{prefix}{name}.")
+
+
+def _schemas(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [schema for argument in get_args(annotation) for schema in _schemas(argument)]
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
