@@ -1,5 +1,6 @@
 """The demo set keeps its promises: deterministic, balanced, held out for real, grounded, cited."""
 
+import difflib
 import json
 import re
 from collections import Counter
@@ -113,6 +114,14 @@ def test_training_and_test_share_no_phrase_and_no_value(name):
     held = {(slot, value) for c, _, a in exchanges("test") if language(c) == name for slot, value in a.annotations.entities.items()}
     assert held
     assert not {h for h in held if h in seen}
+
+
+@pytest.mark.parametrize("name", ["en", "zh"])
+def test_no_test_phrase_is_a_training_phrase_with_a_word_changed(name):
+    for intent in load_wording(name).intents.values():
+        known, held = ([re.sub(r"\{\w+\}", "_", p) for p in (*intent.phrases[s], *intent.vague[s])] for s in ("train", "test"))
+        for phrase in held:
+            assert max(difflib.SequenceMatcher(None, phrase, other).ratio() for other in known) < 0.86, phrase
 
 
 @pytest.mark.parametrize("name", ["en", "zh"])
