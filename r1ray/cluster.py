@@ -201,9 +201,8 @@ def check_placement(
             f"{wanted_by} wants {len(wanted)} bundles{scope}; number {lost + 1}, {_listed(wanted[lost])}, can never be placed {found}."
         )
         instead = ""
-    raise ClusterTooSmall(
-        f"{sentence} {instead} or add nodes in cluster.yaml." if instead else f"{sentence} Ask for less or add nodes in cluster.yaml."
-    )
+    advice = (instead or "Ask for less").rstrip(".")
+    raise ClusterTooSmall(f"{sentence} {advice}{'' if 'add nodes' in advice else ' or add nodes in cluster.yaml'}.")
 
 
 def num_placeable(cluster: Cluster, bundle: Mapping[str, float]) -> int:

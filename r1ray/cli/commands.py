@@ -19,7 +19,9 @@ from r1ray.errors import R1RayError
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None)
+HELP = "Look after models and the cluster, talk to a served model. Training, tuning and serving: ray job submit, serve run."
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=HELP, rich_markup_mode=None)
 Reference = Annotated[str, typer.Argument(help="name, name@alias or name@version")]
 
 _SHOWN_METRICS = 6

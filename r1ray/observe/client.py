@@ -55,7 +55,7 @@ def client(uri: str) -> MlflowClient:
     silence()  # MLflow configures its loggers while it is imported
     try:
         if uri.startswith(_SQLITE):
-            _create_database(Path(uri.removeprefix(_SQLITE)).absolute())
+            _create_database(Path(uri.removeprefix(_SQLITE).partition("?")[0]).absolute())
         opened = MlflowClient(tracking_uri=uri, registry_uri=uri)  # connects
         opened.search_experiments(max_results=1)
         opened.search_registered_models(max_results=1)
