@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 
     from r1ray.registry import Registry
 
-__all__ = ["create_engine"]
+__all__ = ["choose_device", "create_engine"]
 
 log = logging.getLogger(__name__)
 
 
-def create_engine(artifact: Artifact, config: EngineConfig, registry: Registry) -> Engine:
+def create_engine(artifact: Artifact, config: EngineConfig, registry: Registry, *, model: PreTrainedModel | None = None) -> Engine:
     """Load the artifact's weights (an adapter is merged into its base) into an engine of `config.type`.
+
+    Args:
+        model: The artifact's model when it is in memory already. The engine takes it over: call it directly no more.
 
     Raises:
         UnsupportedModel: no engine of that type can run this kind of artifact.
@@ -32,15 +35,15 @@ def create_engine(artifact: Artifact, config: EngineConfig, registry: Registry) 
         return FakeEngine(config, context_length=artifact.manifest.context_length)
     if artifact.manifest.kind == "onnx":
         raise UnsupportedModel(f"{artifact.ref} is an ONNX export; the torch engine runs weights. Take one of its parents.")
-    return _torch_engine(artifact, config, registry)
+    return _torch_engine(artifact, config, registry, model)
 
 
-def _torch_engine(artifact: Artifact, config: EngineConfig, registry: Registry) -> Engine:
+def _torch_engine(artifact: Artifact, config: EngineConfig, registry: Registry, model: PreTrainedModel | None) -> Engine:
     from r1ray.engine.torch import TorchEngine
     from r1ray.model.load import load_model, load_tokenizer
 
-    device = _device(config.device)
-    model = load_model(artifact, registry=registry, dtype=config.dtype, device=device)
+    if model is None:
+        model = load_model(artifact, registry=registry, dtype=config.dtype, device=choose_device(config.device))
     eos = _eos_ids(model, load_tokenizer(artifact).eos_token_id)
     limit = artifact.manifest.context_length
     bounded = config.model_copy(update={"max_context": min(config.max_context or limit, limit)})
@@ -54,7 +57,8 @@ def _eos_ids(model: PreTrainedModel, of_tokenizer: int | None) -> list[int]:
     return sorted({*ids, *([] if of_tokenizer is None else [of_tokenizer])})
 
 
-def _device(wanted: str) -> str:
+def choose_device(wanted: str) -> str:
+    """`auto` is a GPU when one is visible."""
     import torch
 
     if wanted != "auto":

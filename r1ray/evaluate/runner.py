@@ -1,0 +1,201 @@
+"""One model over one set of dialogues: text in, Report out.
+
+    report = evaluate(artifact, conversations, config, registry=registry)
+
+Generates every answer once, scores it with each metric that its gold answer allows, and measures the perplexity of the gold answers.
+Knows no MLflow, no terminal and no Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from r1ray.data.schema import data_hash
+from r1ray.engine.create import choose_device, create_engine
+from r1ray.engine.offline import Completion, generate_all
+from r1ray.engine.protocol import Engine, GenerationRequest
+from r1ray.errors import EvaluationError, TemplateNotTrainable
+from r1ray.evaluate.config import EvaluateConfig
+from r1ray.evaluate.example import Example, examples_of
+from r1ray.evaluate.progress import Progress
+from r1ray.evaluate.scoring import score
+from r1ray.evaluate.shares import Share
+from r1ray.evaluate.summary import summarise
+from r1ray.model.load import load_model, load_tokenizer, training_tokenizer
+from r1ray.model.reasoning import split
+from r1ray.model.template import prompt_ids, read, training_ids
+from r1ray.registry import Registry
+from r1ray.types import Artifact, Conversation, Report, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["evaluate"]
+
+log = logging.getLogger(__name__)
+
+LENGTH_SLACK = 16  # tokens that length_margin adds, so that short gold answers leave room for a format
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Subject:
+    """What is evaluated on what."""
+
+    artifact: Artifact
+    config: EvaluateConfig
+    registry: Registry
+    sampling: Sampling
+    examples: Sequence[Example]
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def system_prompt(self) -> str | None:
+        return self.config.data.system_prompt or self.artifact.manifest.system_prompt
+
+    def wants(self, metric: str) -> bool:
+        return self.config.metrics is None or metric in self.config.metrics
+
+
+def evaluate(
+    artifact: Artifact,
+    conversations: Sequence[Conversation],
+    config: EvaluateConfig,
+    *,
+    registry: Registry,
+    sampling: Sampling | None = None,
+    engine: Engine | None = None,
+) -> Report:
+    """Answer the last turn of every dialogue and compare.
+
+    Args:
+        sampling: In place of `config.sampling`.
+        engine: A running engine of this artifact, left running; perplexity is then left out, since no sampling changes it.
+            Without one the model is loaded, measured and freed.
+
+    Raises:
+        EvaluationError: no dialogue, or dialogues without an assistant turn after a question.
+        PromptTooLong: a question exceeds the model's context.
+    """
+    subject = _Subject(
+        artifact=artifact,
+        config=config,
+        registry=registry,
+        sampling=sampling or config.sampling,
+        examples=examples_of(conversations),
+        tokenizer=load_tokenizer(artifact),
+    )
+    if engine is not None:
+        answers, seconds = _answers(subject, engine)
+        surprise: Sequence[Share | None] = [None] * len(subject.examples)
+    else:
+        surprise, (answers, seconds) = _with_own_engine(subject)
+    rows = [_row(subject, *parts) for parts in zip(subject.examples, answers, surprise, strict=True)]
+    metrics = summarise(rows, num_bootstrap=config.num_bootstrap, seed=config.seed) | _speed(answers, seconds)
+    return Report(
+        model=artifact.ref,
+        dataset=str(config.data.path),
+        data_hash=data_hash(conversations),
+        num_examples=len(rows),
+        metrics=metrics,
+        examples=tuple(rows),
+    )
+
+
+def _with_own_engine(subject: _Subject) -> tuple[Sequence[Share | None], tuple[list[Completion], float]]:
+    """One copy of the weights serves both: perplexity first, then the engine takes the model over."""
+    model = None
+    surprise: Sequence[Share | None] = [None] * len(subject.examples)
+    if subject.config.engine.type == "torch" and subject.wants("perplexity"):
+        settings = subject.config.engine
+        model = load_model(subject.artifact, registry=subject.registry, dtype=settings.dtype, device=choose_device(settings.device))
+        surprise = _perplexity(subject, model)
+    engine = create_engine(subject.artifact, subject.config.engine, subject.registry, model=model)
+    try:
+        return surprise, _answers(subject, engine)
+    finally:
+        asyncio.run(engine.stop())
+
+
+def _perplexity(subject: _Subject, model: PreTrainedModel) -> Sequence[Share | None]:
+    from r1ray.evaluate.perplexity import Scored, answer_start, negative_log_likelihoods
+
+    tokenizer = training_tokenizer(subject.artifact)
+    texts = []
+    try:
+        for example in subject.examples:
+            ids, mask = training_ids(tokenizer, [*example.prompt, example.gold], system_prompt=subject.system_prompt)
+            start, end = answer_start(mask)
+            texts.append(Scored(ids[:end], start))
+    except TemplateNotTrainable as error:
+        log.warning("no perplexity for %s: %s", subject.artifact.ref, error)
+        return [None] * len(subject.examples)
+    with Progress(subject.config.progress_s, f"{subject.artifact.ref} perplexity", len(texts)) as progress:
+        return negative_log_likelihoods(model, texts, batch_tokens=subject.config.perplexity_batch_tokens, on_done=progress.at)
+
+
+def _answers(subject: _Subject, engine: Engine) -> tuple[list[Completion], float]:
+    """Every answer, and the seconds that all of them took."""
+    requests = [_request(subject, index, example) for index, example in enumerate(subject.examples)]
+    begin = time.perf_counter()
+    with Progress(subject.config.progress_s, f"{subject.artifact.ref} answers", len(requests)) as progress:
+        completions = generate_all(engine, requests, on_done=lambda completion: progress.one(len(completion.token_ids)))
+    return completions, time.perf_counter() - begin
+
+
+def _request(subject: _Subject, index: int, example: Example) -> GenerationRequest:
+    sampling = subject.sampling
+    ids = prompt_ids(subject.tokenizer, example.prompt, system_prompt=subject.system_prompt)
+    limit = sampling.max_tokens
+    if subject.config.length_margin is not None:
+        gold = (example.gold.reasoning or "") + example.gold.content
+        num_gold = len(subject.tokenizer.encode(gold, add_special_tokens=False))
+        limit = min(limit, math.ceil(subject.config.length_margin * num_gold) + LENGTH_SLACK)
+    seed = None if sampling.seed is None else sampling.seed + index
+    return GenerationRequest(
+        id=f"{index}:{example.id}", prompt_ids=tuple(ids), sampling=sampling.model_copy(update={"max_tokens": limit, "seed": seed})
+    )
+
+
+def _row(subject: _Subject, example: Example, completion: Completion, surprise: Share | None) -> Mapping[str, Any]:
+    """One example of the report: readable texts, then `shares`, what it adds to each metric."""
+    text = subject.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    reasoning, answer = split(text, prefilled=read(subject.artifact).thinks)
+    answer = _cut(answer, subject.sampling.stop)
+    scores = score(example, answer) | ({"perplexity": surprise} if surprise is not None else {})
+    return {
+        "id": example.id,
+        "source": example.source,
+        "language": example.language,
+        "intent": example.gold.annotations.intent if example.gold.annotations else None,
+        "question": example.question,
+        "gold": example.gold.content,
+        "answer": answer,
+        "reasoning": reasoning,
+        "finish_reason": completion.finish_reason,
+        "num_tokens": len(completion.token_ids),
+        "ttft_s": round(completion.ttft_s, 4),
+        "seconds": round(completion.seconds, 4),
+        "shares": {name: list(share) for name, share in scores.items() if subject.wants(name)},
+    }
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def _speed(completions: Sequence[Completion], seconds: float) -> dict[str, float]:
+    num_tokens = sum(len(c.token_ids) for c in completions)
+    if not completions:
+        raise EvaluationError("Nothing was generated.")
+    return {
+        "tokens_per_second": num_tokens / max(seconds, 1e-9),
+        "generation_seconds": seconds,
+        "mean_answer_tokens": num_tokens / len(completions),
+        "truncated_share": sum(c.finish_reason == "length" for c in completions) / len(completions),
+    }

@@ -1,0 +1,60 @@
+"""Reports side by side on the terminal; the first is what the others are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from r1ray.evaluate.summary import METRICS
+from r1ray.types import Report
+
+__all__ = ["comparison", "show"]
+
+LOWER_IS_BETTER = frozenset({"perplexity"})
+LAST_ROWS = ("mean_answer_tokens", "tokens_per_second")
+
+
+def comparison(reports: Sequence[Report]) -> Table:
+    """A row per metric, a column per model; from the second on with the difference and, where known, the 95 % interval."""
+    first = reports[0]
+    table = Table(title=f"{first.num_examples} examples of {first.dataset}", title_justify="left")
+    table.add_column("metric")
+    for report in reports:
+        table.add_column(report.model, justify="right")
+    names = [n for n in METRICS if any(n in r.metrics for r in reports)] + [n for n in LAST_ROWS if n in first.metrics]
+    for name in names:
+        table.add_row(name, _cell(first, name), *(_cell(r, name, against=first) for r in reports[1:]))
+    return table
+
+
+def show(reports: Sequence[Report]) -> None:
+    """A job's log is no terminal and has no width: 120 columns, no wrapping of figures."""
+    console = Console()
+    console = console if console.is_terminal else Console(width=120)
+    console.print(comparison(reports))
+
+
+def _cell(report: Report, name: str, against: Report | None = None) -> str:
+    value = report.metrics.get(name)
+    if value is None:
+        return "-"
+    text = _number(value)
+    if f"{name}_low" in report.metrics:
+        text += f" [dim]({_number(report.metrics[f'{name}_low'])}-{_number(report.metrics[f'{name}_high'])})[/dim]"
+    before = against.metrics.get(name) if against is not None else None
+    return text if before is None or name in LAST_ROWS else f"{text} {_difference(value - before, name)}"
+
+
+def _difference(difference: float, name: str) -> str:
+    if abs(difference) < 5e-4:
+        return "[dim]±0[/dim]"
+    colour = "green" if (difference < 0) == (name in LOWER_IS_BETTER) else "red"
+    return f"[{colour}]{'+' if difference > 0 else '-'}{_number(abs(difference))}[/{colour}]"
+
+
+def _number(value: float) -> str:
+    if value >= 1e5:
+        return f"{value:.3g}"
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
