@@ -14,8 +14,6 @@ __all__ = ["Codec", "TokenizerCodec"]
 class Codec(Protocol):
     """What a host needs of a tokenizer."""
 
-    end_ids: tuple[int, ...]
-
     def render(self, messages: Sequence[Message]) -> list[int]:
         """The prompt of a chat: template applied, generation prompt added."""
         ...
@@ -45,8 +43,6 @@ class TokenizerCodec:
 
         template.check_override(artifact, None if chat_template is None else chat_template.read_text(encoding="utf-8"))
         self._tokenizer: Any = load.load_tokenizer(artifact)
-        eos = self._tokenizer.eos_token_id
-        self.end_ids: tuple[int, ...] = () if eos is None else (eos,)
 
     def render(self, messages: Sequence[Message]) -> list[int]:
         from r1ray.model import template

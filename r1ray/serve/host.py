@@ -9,11 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
+
+from r1ray.engine.config import EngineConfig
 from r1ray.engine.protocol import Engine, GenerationRequest, TokenChunk
 from r1ray.errors import EngineStopped
 from r1ray.serve.batches import coalesced
@@ -157,7 +161,7 @@ class ModelHost:
         sampling = resolve(live.artifact.policy, request.task, request.overrides)
         prefilled = live.codec.thinking(prompt_ids) if request.messages else None
         text = TextAssembler(live.codec.decode, sampling.stop, prefilled=prefilled)
-        chunks = live.engine.generate(_generation(request, prompt_ids, sampling, live.codec.end_ids))
+        chunks = live.engine.generate(_generation(request, prompt_ids, sampling))
         last: TokenChunk | None = None
         async with aclosing(coalesced(chunks, self.args.coalesce_ms / 1000)) as batches:
             async for batch in batches:
@@ -203,12 +207,11 @@ def _tokens(batch: list[TokenChunk]) -> list[int]:
     return [token for chunk in batch for token in chunk.token_ids]
 
 
-def _generation(request: TextRequest, prompt_ids: tuple[int, ...], sampling: Sampling, end_ids: tuple[int, ...]) -> GenerationRequest:
+def _generation(request: TextRequest, prompt_ids: tuple[int, ...], sampling: Sampling) -> GenerationRequest:
     return GenerationRequest(
         id=request.id,
         prompt_ids=prompt_ids,
         sampling=sampling,
-        stop_token_ids=end_ids,
         ignore_eos=request.ignore_eos,
         min_tokens=request.min_tokens,
     )
@@ -223,8 +226,29 @@ def registry_host(args: ModelArgs) -> ModelHost:
 
     async def load(artifact: Artifact) -> LoadedVersion:
         codec = await asyncio.to_thread(TokenizerCodec, artifact, chat_template=Path(args.chat_template) if args.chat_template else None)
-        engine = await asyncio.to_thread(create_engine, artifact, args.engine, registry)
+        engine = await asyncio.to_thread(create_engine, artifact, _with_threads(args.engine), registry)
         await engine.start()
+        await _warm_up(artifact, codec, engine)
         return LoadedVersion(artifact, codec, engine)
 
     return ModelHost(args, find=lambda: registry.resolve(args.ref), load=load)
+
+
+async def _warm_up(artifact: Artifact, codec: Codec, engine: Engine) -> None:
+    """One short answer before the first client's: the first step of a process loads libraries for seconds."""
+    started = time.perf_counter()
+    prompt_ids = tuple(codec.render([Message(role="user", content="hi")]))
+    request = GenerationRequest(id="warm-up", prompt_ids=prompt_ids, sampling=Sampling(max_tokens=2), ignore_eos=True)
+    async with aclosing(engine.generate(request)) as chunks:
+        async for _ in chunks:
+            pass
+    logger.info("%s is warm after %.1f s", artifact.ref, time.perf_counter() - started)
+
+
+def _with_threads(config: EngineConfig) -> EngineConfig:
+    """Ray tells torch to use as many threads as the replica reserves CPUs, but a reservation is book-keeping: use the cores."""
+    if config.num_threads is not None:
+        return config
+    num_threads = max(1, min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1))
+    logger.info("engine threads: %d (the node's physical cores; set engine.num_threads where replicas share a node)", num_threads)
+    return config.model_copy(update={"num_threads": num_threads})

@@ -23,6 +23,8 @@ class Retrieval:
         from r1ray.retrieval.search import Retriever
 
         self._open = {name: Retriever(Settings().indexes / name) for name in collections}
+        for retriever in self._open.values():
+            retriever.search("银行卡 card", 1)  # the first search loads dictionaries for seconds
 
     async def search(self, collection: str, query: str, k: int) -> list[Passage]:
         return await asyncio.to_thread(self._open[collection].search, query, k)

@@ -37,7 +37,6 @@ class ByteCodec:
     """One token per UTF-8 byte, so that every Chinese character takes three tokens. `thinks` prefills <think>."""
 
     def __init__(self, *, thinks: bool = False) -> None:
-        self.end_ids: tuple[int, ...] = ()
         self._thinks = thinks
 
     def render(self, messages: Sequence[Message]) -> list[int]:

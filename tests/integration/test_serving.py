@@ -1,0 +1,194 @@
+"""The deployed application: real Serve, a real (tiny) model on the real engine, a real index, the strict OpenAI client."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from r1ray.serve.config import AppArgs
+
+pytestmark = pytest.mark.ray
+
+LONG = "word " * 60  # the fake engine echoes: some 250 tokens at 30 ms each
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """The running application and the registry that it follows."""
+
+    url: str
+    registry: Any
+    second: Path
+
+    def openai(self) -> Any:
+        from openai import OpenAI
+
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60, _strict_response_validation=True)
+
+    def load(self, model: str) -> dict[str, Any]:
+        return httpx.get(f"{self.url}/load", timeout=30).json()[model]
+
+
+@pytest.fixture(scope="module")
+def deployed(ray_cluster, tiny_llama: Path, tiny_qwen2: Path, tmp_path_factory) -> Iterator[Deployed]:
+    from ray import serve
+
+    from r1ray.model.importer import import_model
+    from r1ray.registry import Registry
+    from r1ray.serve.app import build
+
+    registry = Registry(ray_cluster.settings)
+    registry.promote(import_model(str(tiny_llama), name="served-tiny", registry=registry).ref)
+    index(ray_cluster.settings, tmp_path_factory.mktemp("knowledge"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(build(arguments()), name="r1ray", route_prefix="/")
+    yield Deployed(f"http://127.0.0.1:{port}", registry, tiny_qwen2)
+    serve.shutdown()
+
+
+def index(settings, folder: Path) -> None:
+    from r1ray.retrieval.config import IndexConfig
+    from r1ray.retrieval.index import build_index
+
+    (folder / "cards.md").write_text("# Lost card\n\nCall the hotline to block a lost credit card at once.\n", encoding="utf-8")
+    build_index(IndexConfig(collection="served", sources=(str(folder),), embedding="none"), settings)
+
+
+def arguments() -> AppArgs:
+    shared = {"ref": "served-tiny@production", "follow_interval_s": 0.5, "placement": {"num_cpus": 0.2}}
+    slow = {"type": "fake", "num_slots": 2, "max_waiting": 0, "fake": {"token_delay_s": 0.03}}
+    return AppArgs.model_validate(
+        {
+            "models": [
+                {"id": "tiny", "engine": {"type": "torch", "num_slots": 4, "num_threads": 1}, "collection": "served", **shared},
+                {"id": "slow", "engine": slow, "collection": "", **shared},
+            ],
+            "retrieval": {"style": "compact"},
+        }
+    )
+
+
+def wait_until(condition, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_a_strict_client_gets_answers_streams_and_models(deployed: Deployed) -> None:
+    client = deployed.openai()
+    messages = [{"role": "user", "content": "你好"}]
+    options = {"model": "tiny", "messages": messages, "max_tokens": 20, "extra_body": {"retrieval": False, "ignore_eos": True}}
+    answer = client.chat.completions.create(**options)
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (20, "length")
+    assert answer.system_fingerprint == "served-tiny@1"
+    greedy = {**options, "temperature": 0}
+    chunks = list(client.chat.completions.create(**greedy, stream=True, stream_options={"include_usage": True}))
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert streamed == client.chat.completions.create(**greedy).choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == 20
+    assert client.completions.create(model="tiny", prompt="abc", max_tokens=3).object == "text_completion"
+    assert [model.id for model in client.models.list().data] == ["tiny", "slow"]
+    assert httpx.get(f"{deployed.url}/health", timeout=30).status_code == 200
+
+
+def test_answers_name_the_passages_they_were_given(deployed: Deployed) -> None:
+    question = [{"role": "user", "content": "How do I block a lost card?"}]
+    answer = deployed.openai().chat.completions.create(model="tiny", messages=question, max_tokens=4)
+    assert len(answer.retrieved) == 1 and answer.citations == []
+    plain = deployed.openai().chat.completions.create(model="tiny", messages=question, max_tokens=4, extra_body={"retrieval": False})
+    assert plain.usage.prompt_tokens < answer.usage.prompt_tokens
+
+
+def test_two_clients_stream_at_once(deployed: Deployed) -> None:
+    arrivals: list[int] = []
+
+    def read(number: int) -> None:
+        options = {"model": "slow", "messages": [{"role": "user", "content": LONG}], "max_tokens": 60}
+        for chunk in deployed.openai().chat.completions.create(**options, stream=True):
+            if chunk.choices[0].delta.content:
+                arrivals.append(number)
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(arrivals) == {0, 1}
+    assert sum(a != b for a, b in pairwise(arrivals)) > 5
+
+
+def body(stream: bool) -> dict[str, Any]:
+    return {"model": "slow", "messages": [{"role": "user", "content": LONG}], "max_tokens": 400, "stream": stream}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_is_gone_frees_its_slot(deployed: Deployed, stream: bool) -> None:
+    with httpx.Client() as client:
+        if stream:
+            with client.stream("POST", f"{deployed.url}/v1/chat/completions", json=body(True), timeout=30) as response:
+                lines = response.iter_lines()
+                next(lines)
+                assert deployed.load("slow")["num_running"] == 1
+        else:
+            with pytest.raises(httpx.TimeoutException):
+                client.post(f"{deployed.url}/v1/chat/completions", json=body(False), timeout=1)
+    assert wait_until(lambda: deployed.load("slow")["num_free_slots"] == 2, 2)
+
+
+def test_more_than_the_engine_admits_is_a_429(deployed: Deployed) -> None:
+    streams = [httpx.stream("POST", f"{deployed.url}/v1/chat/completions", json=body(True), timeout=30) for _ in range(2)]
+    try:
+        assert [stream.__enter__().status_code for stream in streams] == [200, 200]
+        refused = httpx.post(f"{deployed.url}/v1/chat/completions", json=body(True), timeout=30)
+    finally:
+        for stream in streams:
+            stream.__exit__(None, None, None)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+    assert refused.headers["retry-after"] == "1"
+
+
+def test_a_promotion_is_followed_without_a_restart(deployed: Deployed) -> None:
+    from r1ray.model.importer import import_model
+
+    before = deployed.load("tiny")
+    new = import_model(str(deployed.second), name="served-tiny", registry=deployed.registry)
+    with httpx.stream("POST", f"{deployed.url}/v1/chat/completions", json=body(True), timeout=60) as running:
+        lines = running.iter_lines()
+        next(lines)
+        deployed.registry.promote(new.ref)
+        assert wait_until(lambda: deployed.load("tiny")["ref"] == new.ref and deployed.load("slow")["ref"] == new.ref, 30)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert deployed.load("tiny")["pid"] == before["pid"]
+    answer = deployed.openai().chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=3)
+    assert answer.system_fingerprint == new.ref
+
+
+def test_a_replica_killed_midstream_is_an_error_object_and_then_served_again(deployed: Deployed) -> None:
+    pid = deployed.load("slow")["pid"]
+    with httpx.stream("POST", f"{deployed.url}/v1/chat/completions", json=body(True), timeout=60) as response:
+        assert response.status_code == 200
+        lines = response.iter_lines()
+        first = [next(lines) for _ in range(5)]
+        os.kill(pid, signal.SIGKILL)
+        rest = [line for line in lines if line]
+    assert first[0].startswith("data: ") and rest[-1] == "data: [DONE]"
+    error = json.loads(rest[-2].removeprefix("data: "))["error"]
+    assert error["code"] == "replica_lost" and set(error) == {"message", "type", "param", "code"}
+    again = deployed.openai().chat.completions.create(model="slow", messages=[{"role": "user", "content": "hi"}], max_tokens=3)
+    assert again.choices[0].finish_reason in ("stop", "length") and deployed.load("slow")["pid"] != pid
