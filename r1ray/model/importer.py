@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r1ray.errors import AdapterMismatch, ModelNotFound, RegistryError, UnsupportedModel
+from r1ray.errors import AdapterMismatch, InvalidValue, ModelNotFound, RegistryError, UnsupportedModel
 from r1ray.model import template
 from r1ray.model.checkpoint import INDEX, link_or_copy, num_parameters, read_json, tensor_shapes, weight_files
 from r1ray.model.convert import convert_gguf
@@ -48,6 +48,7 @@ _TOKENIZER = (
     "*.tiktoken",
     "chat_template*",
 )
+_VOCABULARY = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 _TERMS = ("LICENSE*", "NOTICE*")
 _log = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ def _base(recorded: str, registry: Registry, wanted: str | None) -> Artifact:
 def _recorded_base(recorded: str, registry: Registry) -> Artifact:
     try:
         return registry.resolve(recorded)
-    except (RegistryError, ValueError):
+    except (RegistryError, InvalidValue):
         pass  # not a reference: it may be a directory, or a model that was imported under another name
     directory = Path(recorded)
     if recorded and directory.is_dir() and list(directory.glob("*.safetensors")):
@@ -185,6 +186,9 @@ def _tokenizer(found: _Found) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     place = _tokenizer_place(found)
+    if not any(list(place.glob(pattern)) for pattern in _VOCABULARY):
+        # transformers would make an empty tokenizer without a word
+        raise UnsupportedModel(f"{place} has no tokenizer ({', '.join(_VOCABULARY[:3])}). Copy it there from the model's origin.")
     try:
         return AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, KeyError, TypeError) as error:

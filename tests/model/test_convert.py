@@ -133,3 +133,15 @@ def test_a_damaged_file_is_refused_and_leaves_nothing(tmp_path, tokenizer, keep)
     with pytest.raises(UnsupportedModel, match="GGUF"):
         convert_gguf(file, tmp_path / "cache")
     assert not list((tmp_path / "cache" / "gguf").iterdir())
+
+
+def test_a_gguf_file_becomes_a_version(tmp_path, tokenizer, registry):
+    from r1ray.model.importer import import_model
+    from r1ray.model.load import load_model, load_tokenizer
+
+    file = write_gguf(tmp_path / "Tiny-R1.Q8_0.gguf", tokenizer)
+    artifact = import_model(str(file), registry=registry)
+    assert (artifact.manifest.name, artifact.manifest.family) == ("tiny-r1.q8_0", "llama")
+    assert import_model(str(file), registry=registry) == artifact
+    ids = load_tokenizer(artifact)("I lost my card", return_tensors="pt")
+    assert load_model(artifact, registry=registry)(**ids).logits.isfinite().all()
