@@ -20,7 +20,7 @@ from r1ray.engine.fake import FakeEngine, echo
 from r1ray.engine.protocol import GenerationRequest
 from r1ray.serve.api import create_api
 from r1ray.serve.chat import Card, ChatService, Served
-from r1ray.serve.config import AppArgs, ModelArgs, RetrievalArgs
+from r1ray.serve.config import AppArgs, ModelArgs, RetrievalArgs, RouterArgs
 from r1ray.serve.grounding import Grounding
 from r1ray.serve.host import LoadedVersion, ModelHost
 from r1ray.serve.meter import GenerationRecord, Meter
@@ -165,12 +165,12 @@ def serve_fake() -> Iterator[Callable[..., Server]]:
     """serve_fake(answer=..., thinks=..., collection=...) -> a Server on a port of its own."""
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
-    def start(
-        *, collection: str | None = None, retrieval: RetrievalArgs | None = None, host: dict[str, Any] | None = None, **shelf: Any
-    ) -> Server:
+    def start(*, collection: str | None = None, router: dict[str, Any] | None = None, **shelf: Any) -> Server:
         shelf.setdefault("artifact", make_artifact())
         store, finder, sink = Shelf(**shelf), FixedFinder(), MemorySink()
-        app_args = AppArgs(models=(ModelArgs(id="fake", ref="fake"),), retrieval=RetrievalArgs(style="compact"))
+        app_args = AppArgs(
+            models=(ModelArgs(id="fake", ref="fake"),), retrieval=RetrievalArgs(style="compact"), router=RouterArgs(**(router or {}))
+        )
         model = store.host()
         card = Card(id="fake", created=1, root="fake@1", max_model_len=2048)
         service = ChatService({"fake": Served(card, model, collection)}, app_args, Meter([sink]), Grounding(finder, app_args.retrieval))

@@ -185,6 +185,20 @@ def test_a_full_queue_is_a_429_with_retry_after(serve_fake, fakes, stream: bool)
     assert (refused.status_code, refused.json()["error"]["code"], refused.headers["retry-after"]) == (429, "queue_full", "1")
 
 
+def test_choices_are_admitted_together_or_not_at_all(serve_fake, fakes) -> None:
+    server = serve_fake(answer=fakes.says("x" * 400), token_delay_s=0.005, num_slots=1, max_waiting=0)
+    refused = post(server, "/v1/chat/completions", model="fake", messages=HELLO, n=2, stream=True)
+    assert refused.status_code == 429
+    assert wait_until(lambda: server.engine.stats().num_running == 0, 1)
+
+
+def test_a_request_that_does_not_start_in_time_is_a_503_and_leaves_the_engine(serve_fake) -> None:
+    server = serve_fake(token_delay_s=5.0, router={"first_token_timeout_s": 0.1})
+    late = post(server, "/v1/chat/completions", model="fake", messages=HELLO, stream=True)
+    assert (late.status_code, late.json()["error"]["code"]) == (503, "start_timeout") and "retry-after" in late.headers
+    assert wait_until(lambda: server.engine.stats().num_running == 0, 1)
+
+
 def test_an_engine_that_dies_midstream_is_an_error_object_then_done(serve_fake, fakes) -> None:
     server = serve_fake(answer=fakes.says("x" * 400), token_delay_s=0.005)
     threading.Timer(0.3, server.engine.fail).start()
