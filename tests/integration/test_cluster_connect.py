@@ -38,8 +38,9 @@ def test_the_check_says_what_ray_would_do(ray_cluster, bundles, strategy, fits):
 
 
 def test_the_doctor_says_what_fits(ray_cluster):
-    from r1ray.cli.doctor import cluster_findings
+    from r1ray.cli.doctor import _running_here, cluster_findings
 
+    assert ray_cluster.address in _running_here()
     lines = {finding.subject: finding.text for finding in cluster_findings(cluster.connect(ray_cluster.settings))}
     assert ray_cluster.address in lines["cluster"]
     assert lines["what fits"].startswith("4 training workers with 1 CPU or 0 with 1 CPU and 1 GPU, or 8 CPU model replicas")
