@@ -1,0 +1,87 @@
+"""Which dialogue goes into which forward pass of which worker: decided once, from lengths and a seed.
+
+    plan = BatchPlan(lengths, batch_size=16, num_epochs=1, seed=0, group_window=8)
+    plan.micro_batches(step, rank=0, num_workers=2, accumulation=2)    # -> two tuples of row numbers
+
+The batches do not depend on the number of workers, and no row is dropped: a last, smaller batch leaves some forward passes empty.
+Padding is kept low twice: batches hold rows of similar length, and each is sorted before it is shared out.
+Knows only lengths; no token, no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+__all__ = ["BatchPlan", "accumulation_steps"]
+
+
+def accumulation_steps(batch_size: int, num_workers: int, micro_batch_size: int) -> int:
+    """Forward passes per worker and optimizer step, so that no pass holds more than `micro_batch_size` rows."""
+    return math.ceil(math.ceil(batch_size / num_workers) / micro_batch_size)
+
+
+@dataclass(slots=True)
+class BatchPlan:
+    """The order of the data over all epochs."""
+
+    lengths: Sequence[int]
+    batch_size: int
+    num_epochs: int
+    seed: int
+    group_window: int
+    _epochs: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.lengths) / self.batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        return self.steps_per_epoch * self.num_epochs
+
+    def batch(self, step: int) -> tuple[int, ...]:
+        """Row numbers of optimizer step `step`, counted from 0."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if epoch not in self._epochs:
+            self._epochs = {epoch: self._epoch(epoch)}
+        return self._epochs[epoch][within]
+
+    def micro_batches(self, step: int, *, rank: int, num_workers: int, accumulation: int) -> tuple[tuple[int, ...], ...]:
+        """The rank's `accumulation` forward passes, shortest rows first; a pass may be empty, so that all ranks take equally many."""
+        ordered = sorted(self.batch(step), key=lambda row: (self.lengths[row], row))
+        mine = [row for place, row in enumerate(ordered) if _owner(place, num_workers) == rank]
+        size = math.ceil(math.ceil(self.batch_size / num_workers) / accumulation)
+        return tuple(tuple(mine[start * size : (start + 1) * size]) for start in range(accumulation))
+
+    def padding_share(self, num_workers: int, accumulation: int) -> float:
+        """Share of the first epoch's computed positions that are padding."""
+        padded = 0
+        for step in range(self.steps_per_epoch):
+            for rank in range(num_workers):
+                for rows in self.micro_batches(step, rank=rank, num_workers=num_workers, accumulation=accumulation):
+                    padded += max((self.lengths[row] for row in rows), default=0) * len(rows)
+        return 1 - sum(self.lengths) / padded
+
+    def _epoch(self, epoch: int) -> list[tuple[int, ...]]:
+        """Shuffle; sort by length within windows of several batches; cut; shuffle the batches, the incomplete one last."""
+        rng = random.Random(f"{self.seed}/{epoch}")
+        rows = list(range(len(self.lengths)))
+        rng.shuffle(rows)
+        window = self.batch_size * self.group_window
+        if self.group_window > 1:
+            rows = [
+                row for start in range(0, len(rows), window) for row in sorted(rows[start : start + window], key=self.lengths.__getitem__)
+            ]
+        batches = [tuple(rows[start : start + self.batch_size]) for start in range(0, len(rows), self.batch_size)]
+        complete = [batch for batch in batches if len(batch) == self.batch_size]
+        rng.shuffle(complete)
+        return complete + [batch for batch in batches if len(batch) < self.batch_size]
+
+
+def _owner(place: int, num_workers: int) -> int:
+    """Sorted rows are dealt to and fro (0 1 1 0 0 1 1 0 ...), which evens out the workers' token counts."""
+    turn, seat = divmod(place, num_workers)
+    return seat if turn % 2 == 0 else num_workers - 1 - seat

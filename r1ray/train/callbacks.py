@@ -1,0 +1,153 @@
+"""What happens around the steps on a worker: one exchange between the ranks per step, then record, report, save, stop.
+
+The exchange gives every rank the same loss and the same elapsed time, so all of them save and stop at the same step.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from r1ray.errors import TrainingError
+from r1ray.train import checkpoint
+from r1ray.train.config import TrainConfig
+from r1ray.train.progress import Curve, Step
+from r1ray.train.trainer import SupervisedTrainer
+
+__all__ = ["Diverged", "Pace"]
+
+
+class Diverged(TrainingError):
+    """The loss is no number any more; all ranks see it in the same step, and another try would see it again."""
+
+    agreed = True
+
+
+@dataclass(slots=True)
+class Pace(TrainerCallback):
+    """Bound to its trainer after both exist. `elapsed_before_s` is the training time of the attempts before this one."""
+
+    config: TrainConfig
+    run: str
+    run_directory: Path
+    rank: int
+    elapsed_before_s: float = 0.0
+    trainer: SupervisedTrainer | None = None
+    curve: Curve | None = None
+    _began: float = 0.0
+    _step_began: float = 0.0
+    _saved_at_s: float = 0.0
+    _loss: float = math.nan
+    _rate: float = 0.0
+    _last: Step | None = None
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._began = self._step_began = time.monotonic()
+        self._saved_at_s = self.elapsed_before_s
+        if self.rank == 0:
+            self.curve = Curve(self.run_directory)
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Exchange before the learning rate moves on, since that may depend on the elapsed time."""
+        trainer = self._bound
+        elapsed = self.elapsed_before_s + time.monotonic() - self._began
+        exchanged = torch.tensor([trainer.tally.take(), elapsed if self.rank == 0 else 0.0], dtype=torch.float64, device=args.device)
+        if dist.is_initialized():
+            dist.all_reduce(exchanged)
+        self._loss = exchanged[0].item() / trainer.feed.num_trained(state.global_step)
+        trainer.schedule.elapsed_s = exchanged[1].item()
+        self._rate = trainer.learning_rate
+        if not math.isfinite(self._loss):
+            raise Diverged(
+                f"The loss became {self._loss} at step {state.global_step + 1} with learning rate {self._rate:.2g}. Lower "
+                f"train.learning_rate (now {self.config.learning_rate:g}) or raise train.warmup_share, and set train.restart=true."
+            )
+
+    def on_step_end(self, _: TrainingArguments, state: TrainerState, control: TrainerControl, **__: Any) -> TrainerControl:
+        trainer = self._bound
+        step = self._measured(state)
+        self._last = step
+        if self.curve is not None:
+            self.curve.write(step)
+        if trainer.schedule.is_over(state.global_step, step.seconds):
+            control.should_training_stop = True
+        control.should_save = control.should_training_stop or self._is_due(state.global_step)
+        if not control.should_save and state.global_step % self.config.log_every_steps == 0:
+            ray.train.report(self._metrics())
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        trainer = self._bound
+        source = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        meta = checkpoint.Meta(
+            run=self.run,
+            step=state.global_step,
+            world_size=trainer.feed.num_workers,
+            zero_stage=self.config.zero_stage,
+            elapsed_s=trainer.schedule.elapsed_s,
+        )
+        name = checkpoint.directory_name(state.global_step)
+        destination = self.run_directory / name
+        if self.rank == 0:
+            shutil.rmtree(destination, ignore_errors=True)  # an attempt that was killed while saving this step
+        if dist.is_initialized():
+            dist.barrier()
+
+        def move(local: ray.train.Checkpoint, _name: str) -> ray.train.Checkpoint:
+            checkpoint.publish(Path(local.path), destination, meta, self.rank)
+            return ray.train.Checkpoint(str(destination), filesystem=local.filesystem)
+
+        ray.train.report(
+            self._metrics(),
+            checkpoint=ray.train.Checkpoint.from_directory(str(source)),
+            checkpoint_dir_name=name,
+            checkpoint_upload_fn=move,
+            delete_local_checkpoint_after_upload=True,
+        )
+        self._saved_at_s = trainer.schedule.elapsed_s
+
+    @property
+    def _bound(self) -> SupervisedTrainer:
+        assert self.trainer is not None, "set trainer before training"
+        return self.trainer
+
+    def _measured(self, state: TrainerState) -> Step:
+        trainer, now = self._bound, time.monotonic()
+        seconds, self._step_began = now - self._step_began, now
+        done, schedule = state.global_step, trainer.schedule
+        norm = getattr(trainer.model_wrapped, "get_global_grad_norm", lambda: None)()
+        return Step(
+            step=done,
+            total_steps=schedule.total_steps,
+            loss=self._loss,
+            learning_rate=self._rate,
+            grad_norm=float(norm) if norm is not None else math.nan,
+            tokens=trainer.feed.num_tokens(done - 1),
+            seconds=seconds,
+            elapsed_s=schedule.elapsed_s,
+            remaining_s=self._remaining_s(done),
+        )
+
+    def _remaining_s(self, done: int) -> float:
+        """By the mean step of this attempt, capped by the budget."""
+        schedule = self._bound.schedule
+        share = schedule.progress(done)
+        return schedule.elapsed_s * (1 - share) / share if share else 0.0
+
+    def _metrics(self) -> dict[str, float]:
+        assert self._last is not None
+        return {"step": self._last.step, **self._last.metrics()}
+
+    def _is_due(self, step: int) -> bool:
+        by_step = self.config.checkpoint_every_steps is not None and step % self.config.checkpoint_every_steps == 0
+        waited = self._bound.schedule.elapsed_s - self._saved_at_s
+        return by_step or (self.config.checkpoint_every_seconds is not None and waited >= self.config.checkpoint_every_seconds)

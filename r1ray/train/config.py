@@ -1,0 +1,104 @@
+"""What a fine-tuning job is told: one model name, one base, one data set, one way of training.
+
+Imports without torch and ray. Says nothing about where things live (settings) or how they are done.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from r1ray.config import Config
+from r1ray.data.config import DataConfig
+
+__all__ = ["FinetuneConfig", "LoraSettings", "TrainConfig"]
+
+
+class LoraSettings(Config):
+    """The adapter's shape; used when `method` is lora."""
+
+    rank: int = Field(default=16, ge=1, le=512, description="Rank r of the update (seeds 001, 002, 004: 8-64).")
+    alpha: float = Field(default=32, gt=0, description="The update is scaled by alpha / rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped in training.")
+    targets: tuple[str, ...] | None = Field(default=None, min_length=1, description="Linear layers to adapt; null: the family's own.")
+    dora: bool = Field(default=False, description="Train the weights' magnitude apart from their direction (arXiv 2402.09353).")
+
+
+class TrainConfig(Config):
+    """How to train. A batch is `batch_size` dialogues over all workers, so the same seed gives the same batches at any worker count."""
+
+    num_workers: int = Field(default=1, ge=1, description="Ray Train workers; with GPUs one worker is one GPU.")
+    use_gpu: bool = Field(default=False, description="One GPU per worker.")
+    cpus_per_worker: float = Field(default=1, gt=0, description="Logical CPUs that Ray reserves for a worker.")
+    threads_per_worker: int | None = Field(
+        default=None, ge=1, description="Compute threads of a worker; null: the node's cores / num_workers."
+    )
+
+    method: Literal["lora", "full"] = Field(default="lora", description="Train a LoRA adapter or all weights.")
+    lora: LoraSettings = Field(default_factory=LoraSettings, description="The adapter's shape.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        default=2, description="DeepSpeed ZeRO stage: 1 splits optimizer states over the workers, 2 gradients too, 3 weights too."
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto", description="Weights and arithmetic; master weights stay float32. auto: bfloat16 where the hardware multiplies it."
+    )
+    attention: Literal["auto", "eager", "sdpa"] = Field(
+        default="auto", description="Attention code; auto: eager on CPUs, where PyTorch's fused backward is the slower one, sdpa on GPUs."
+    )
+    gradient_checkpointing: bool = Field(default=False, description="Compute activations twice to store less: about a quarter slower.")
+
+    learning_rate: float = Field(
+        default=2e-4, gt=0, le=1, description="Peak learning rate of AdamW (seed 004: 3e-5 for LoRA on large models)."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
+    warmup_share: float = Field(default=0.05, ge=0, lt=1, description="Linear warm-up over this share of the run (seed 004: 5 %).")
+    floor_share: float = Field(default=0.1, ge=0, le=1, description="The cosine ends at this share of the peak learning rate.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm (seed 004: 1.0).")
+
+    num_epochs: int = Field(default=1, ge=1, description="Passes over the data.")
+    max_steps: int | None = Field(default=None, ge=1, description="Stop after this many optimizer steps; null: num_epochs decides.")
+    max_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="Stop after this much training time (start-up not counted); the learning rate still reaches its floor.",
+    )
+    batch_size: int = Field(default=16, ge=1, description="Dialogues per optimizer step, over all workers.")
+    micro_batch_size: int = Field(default=4, ge=1, description="Dialogues per forward pass of a worker; the rest is gradient accumulation.")
+    max_length: int = Field(default=1024, ge=16, description="Longest dialogue in tokens; a longer one is cut after an assistant turn.")
+    packing: bool = Field(
+        default=False, description="Lay a micro-batch's dialogues end to end with separate attention instead of padding them."
+    )
+    group_window: int = Field(default=8, ge=1, description="Dialogues of similar length are batched within this many batches; 1 is off.")
+    seed: int = Field(default=0, description="Order of the data, adapter initialisation, dropout.")
+
+    log_every_steps: int = Field(default=5, ge=1, description="A progress line, an MLflow point and a Ray report each so many steps.")
+    checkpoint_every_steps: int | None = Field(
+        default=None, ge=1, description="Save each so many steps; null: only by time and at the end."
+    )
+    checkpoint_every_seconds: float | None = Field(default=120, gt=0, description="Save when this much time has passed; null: off.")
+    num_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints that are kept.")
+    max_failures: int = Field(default=2, ge=0, description="Worker losses after which the job gives up.")
+    restart: bool = Field(default=False, description="Forget an earlier run of the same job instead of resuming it.")
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> TrainConfig:
+        if self.zero_stage == 0 and self.dtype == "bfloat16":
+            raise ValueError(
+                "zero_stage 0 with dtype bfloat16 keeps no float32 master weights and learns worse; set zero_stage=1 or dtype=float32"
+            )
+        if self.batch_size < self.num_workers:
+            raise ValueError(
+                f"batch_size {self.batch_size} leaves some of the {self.num_workers} workers idle; set batch_size to at least that"
+            )
+        return self
+
+
+class FinetuneConfig(Config):
+    """`jobs/finetune.py`: base + dialogues -> a new version of `name`."""
+
+    name: str = Field(default="assistant", description="Registered model name of the result.")
+    base: str = Field(default="smollm2-135m-instruct", description="Registry reference of the base: name, name@alias or name@version.")
+    collection: str | None = Field(default=None, description="Retrieval collection that the result's answers are grounded in when served.")
+    data: DataConfig = Field(description="What to learn from.")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="How to learn.")

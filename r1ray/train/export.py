@@ -1,0 +1,122 @@
+"""The last checkpoint -> a registered version: weights taken, tokenizer and template pair copied from the base, reopened and checked.
+
+Knows no Ray: it reads a checkpoint directory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from r1ray.errors import TrainingError
+from r1ray.model import template
+from r1ray.model.checkpoint import INDEX, num_parameters, read_json, tensor_shapes, weight_files
+from r1ray.registry import MANIFEST, POLICY, Registry, weights_sha256
+from r1ray.train.config import FinetuneConfig
+from r1ray.types import Artifact, Manifest
+
+__all__ = ["Result", "export"]
+
+_ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+_TRAINER_FILES = ("adapter_*", "*.safetensors", INDEX, "chat_template*", MANIFEST, POLICY)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """A finished training, before it has a version."""
+
+    checkpoint: Path
+    config: FinetuneConfig
+    base: Artifact
+    data_hash: str
+    metrics: Mapping[str, float]
+    run_id: str
+
+
+def export(result: Result, registry: Registry) -> Artifact:
+    """Register the trained weights.
+
+    Raises:
+        TrainingError: a tensor is missing, not finite, or a LoRA update that never moved from zero.
+    """
+    config, base = result.config, result.base
+    is_adapter = config.train.method == "lora"
+    with registry.staging(config.name) as staged:
+        _copy_companions(base.path, staged, with_config=not is_adapter)
+        weights = _take_adapter(result, staged) if is_adapter else _take_full(result, staged)
+        check_weights(weights, base.path, is_adapter=is_adapter)
+        manifest = Manifest(
+            name=config.name,
+            kind="adapter" if is_adapter else "full",
+            family=base.manifest.family,
+            base=base.ref if is_adapter else None,
+            base_sha256=base.manifest.weights_sha256 if is_adapter else None,
+            weights_sha256=weights_sha256(staged),
+            template=template.write(template.read(base), staged),
+            context_length=base.manifest.context_length,
+            num_parameters=num_parameters(weights),
+            data_hash=result.data_hash,
+            config=config.model_dump(mode="json"),
+            metrics=dict(result.metrics),
+            parents=(base.ref,),
+            collection=config.collection,
+            system_prompt=config.data.system_prompt,
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        return registry.register(staged, manifest, tags={"run_id": result.run_id})
+
+
+def check_weights(files: Sequence[Path], base: Path, *, is_adapter: bool) -> None:
+    """Reopen what was written: as many tensors as there should be, all finite, none of the trained ones all zero.
+
+    Raises:
+        TrainingError: naming the first offending tensor.
+    """
+    from safetensors import safe_open
+
+    shapes = tensor_shapes(files)
+    wanted = 1 if is_adapter else len(tensor_shapes(weight_files(base)))
+    if len(shapes) < wanted:
+        raise TrainingError(
+            f"{files[0].parent} holds {len(shapes)} tensors instead of {wanted}: the save was incomplete. This is a defect."
+        )
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
+                norm = float(opened.get_tensor(name).float().norm())
+                if not math.isfinite(norm) or (norm == 0 and ".lora_" in name):
+                    raise TrainingError(
+                        f"{name} has norm {norm:g} after training: the save was empty or training diverged. Lower train.learning_rate, "
+                        "set train.restart=true and train again."
+                    )
+
+
+def _take_adapter(result: Result, staged: Path) -> list[Path]:
+    for name in _ADAPTER:
+        shutil.copyfile(result.checkpoint / name, staged / name)
+    settings = {**read_json(staged / _ADAPTER[1]), "base_model_name_or_path": result.base.ref}
+    (staged / _ADAPTER[1]).write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
+    return [staged / _ADAPTER[0]]
+
+
+def _take_full(result: Result, staged: Path) -> list[Path]:
+    for file in [*weight_files(result.checkpoint), result.checkpoint / "config.json"]:
+        shutil.copyfile(file, staged / file.name)
+    if (index := result.checkpoint / INDEX).is_file():
+        shutil.copyfile(index, staged / INDEX)
+    return weight_files(staged)
+
+
+def _copy_companions(base: Path, staged: Path, *, with_config: bool) -> None:
+    """Tokenizer, terms and, beside full weights, the configs."""
+    left_out = {path.name for pattern in _TRAINER_FILES for path in base.glob(pattern)}
+    if not with_config:
+        left_out |= {"config.json", "generation_config.json"}
+    for file in base.iterdir():
+        if file.is_file() and file.name not in left_out:
+            shutil.copyfile(file, staged / file.name)

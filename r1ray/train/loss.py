@@ -1,0 +1,76 @@
+"""Next-token loss that multiplies only the supervised positions by the output matrix.
+
+Half to three quarters of a chat are questions. Their logits (49,152 per token for SmolLM2, 129,280 for R1) would cost a fifth of
+the arithmetic and most of the memory, and their loss is thrown away.
+
+Shapes: B rows, T positions, N supervised positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["add_supervised_loss", "has_plain_head", "summed_nll"]
+
+_ROWS_AT_ONCE = 32  # float32 copies of this many rows of logits stay near the cache
+_SCALED_HEADS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+
+
+class _SummedNll(torch.autograd.Function):
+    """Sum of the negative log-likelihoods; the gradient is made in the same pass and kept in the logits' own dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+        gradient_NV = torch.empty_like(logits_NV)
+        total = logits_NV.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(labels_N), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            exact, labels = logits_NV[rows].float(), labels_N[rows, None]
+            log_sum = exact.logsumexp(-1, keepdim=True)
+            total += (log_sum - exact.gather(-1, labels)).sum()
+            probabilities = exact.sub_(log_sum).exp_()
+            probabilities.scatter_add_(-1, labels, torch.full_like(labels, -1, dtype=exact.dtype))
+            gradient_NV[rows] = probabilities
+        ctx.save_for_backward(gradient_NV)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient_NV,) = ctx.saved_tensors
+        return gradient_NV * upstream.to(gradient_NV.dtype), None
+
+
+def summed_nll(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """Sum over N of -log p(label), float32; zero with a gradient path when N is 0."""
+    summed: torch.Tensor = _SummedNll.apply(logits_NV, labels_N)  # type: ignore[no-untyped-call]
+    return summed
+
+
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether the logits are the output matrix times the last hidden state and nothing else."""
+    config = model.config.get_text_config()
+    return all(getattr(config, name, None) in (None, 1.0) for name in _SCALED_HEADS)
+
+
+def add_supervised_loss(model: PreTrainedModel) -> None:
+    """Teach `model(..., labels=labels_BT, supervised=True)` to return the summed loss; without the flag nothing changes.
+
+    The output layer is called as a module, so that ZeRO-3 gathers its weights.
+    """
+    usual = model.forward
+
+    def forward(self: PreTrainedModel, *args: Any, supervised: bool = False, labels: Any = None, **kwargs: Any) -> Any:
+        if not supervised:
+            return usual(*args, **kwargs) if labels is None else usual(*args, labels=labels, **kwargs)
+        hidden_BTD = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state[:, :-1]
+        next_BT = labels[:, 1:]
+        trained_BT = next_BT != -100
+        return summed_nll(self.get_output_embeddings()(hidden_BTD[trained_BT]), next_BT[trained_BT])
+
+    model.forward = types.MethodType(forward, model)
