@@ -25,6 +25,11 @@ class Settings(BaseSettings):
     def model_post_init(self, _context: object) -> None:
         object.__setattr__(self, "home", self.home.expanduser().absolute())
 
+    def locate(self, path: Path) -> Path:
+        """Where a path of a config is: as given, or below home when only that exists (a submitted job runs in a copy of the tree)."""
+        below_home = self.home / path
+        return below_home if not path.expanduser().exists() and below_home.exists() else path.expanduser()
+
     @property
     def registry_uri(self) -> str:
         """The MLflow URI in force."""

@@ -11,6 +11,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -240,3 +241,11 @@ def test_an_absent_server_and_an_unknown_model_are_clear_errors(server, cli):
     assert "serve run serve_config.yaml" in done.stderr
     with pytest.raises(ServerUnreachable, match="does not serve 'nope'; it has bank, other"):
         Chat.connect(server.url, model="nope")
+
+
+def test_split_holds_out_the_same_rows_of_every_label(cli, tmp_path):
+    rows = [f"question {n} about {label},{label}" for label in ("card_lost", "transfer_fee") for n in range(10)]
+    (tmp_path / "rows.csv").write_text("text,label\n" + "\n".join(rows), encoding="utf-8")
+    assert cli("split", str(tmp_path / "rows.csv"), str(tmp_path / "out"), "--share", "0.2").exit_code == 0
+    sizes = [pq.read_metadata(tmp_path / "out" / f"{name}.parquet").num_rows for name in ("train", "test")]
+    assert sizes == [16, 4]

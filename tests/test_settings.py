@@ -37,3 +37,13 @@ def test_settings_are_immutable_and_read_anew_each_time(monkeypatch, tmp_path):
     assert before.home != Settings().home
     with pytest.raises(ValidationError):
         before.home = tmp_path
+
+
+def test_a_relative_path_counts_from_home_where_the_working_directory_has_none(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(home=tmp_path / "home")
+    (tmp_path / "home" / "demo").mkdir(parents=True)
+    assert settings.locate(Path("demo")) == tmp_path / "home" / "demo"
+    (tmp_path / "demo").mkdir()
+    assert settings.locate(Path("demo")) == Path("demo")
+    assert settings.locate(Path("nowhere")) == Path("nowhere")

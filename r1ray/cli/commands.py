@@ -181,6 +181,25 @@ def demo_data(
     console().print(f"{paths.train}\n{paths.test}\n{paths.knowledge}", soft_wrap=True)
 
 
+@command("split")
+def split(
+    data: Annotated[Path, typer.Argument(help="File of dialogues or labelled texts")],
+    out: Annotated[Path, typer.Argument(help="Directory for train.parquet and test.parquet")],
+    share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Held-out share of each intent.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of the choice.")] = 0,
+) -> None:
+    """Hold rows out for evaluation: the same rows for the same data and seed, in any row order."""
+    from r1ray.data.config import DataConfig
+    from r1ray.data.read import read_conversations
+    from r1ray.data.split import hold_out
+    from r1ray.data.write import write_parquet
+
+    train, test = hold_out(read_conversations(DataConfig(path=data)).conversations, share, seed=seed, by_intent=True)
+    for name, conversations in (("train", train), ("test", test)):
+        path = write_parquet(conversations, out / f"{name}.parquet")
+        console().print(f"{path}  {len(conversations)} dialogues", soft_wrap=True)
+
+
 def _versions_table(versions: list[Any]) -> Table:
     table = Table("version", "aliases", "kind", "metrics", "parents", "created", box=None, header_style="bold")
     for info in versions:

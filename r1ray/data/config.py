@@ -20,7 +20,7 @@ Format = Literal["annotated", "messages", "alpaca", "sharegpt", "labelled"]
 class DataConfig(Config):
     """One set of dialogues: a file, or a directory whose files are read in name order."""
 
-    path: Path = Field(description="JSON, JSONL, CSV or Parquet file, or a directory of them.")
+    path: Path = Field(description="JSON, JSONL, CSV or Parquet file, or a directory of them; relative paths also count from R1RAY_HOME.")
     format: Literal["auto"] | Format = Field(default="auto", description="Row format; auto looks at the columns of the first rows.")
     text_column: str = Field(default="text", min_length=1, description="Labelled rows: the column with the customer's words.")
     label_column: str | None = Field(

@@ -21,6 +21,7 @@ from r1ray.data.schema import content_id, data_hash
 from r1ray.data.turns import check_order, repair
 from r1ray.data.write import write_rejects
 from r1ray.errors import NothingToTrain, TooManyBadRows, UnknownFormat
+from r1ray.settings import Settings
 from r1ray.types import Conversation
 
 __all__ = ["Loaded", "Reject", "read_conversations"]
@@ -37,7 +38,7 @@ def read_conversations(config: DataConfig) -> Loaded:
         TooManyBadRows: more than `max_bad_share` of the rows are invalid; `config.rejects` is written before.
     """
     reading = _Reading(config)
-    for path in data_files(config.path):
+    for path in data_files(Settings().locate(config.path)):
         reading.read(path)
     if config.rejects is not None:
         write_rejects(reading.rejects, config.rejects)
