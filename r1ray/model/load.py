@@ -169,7 +169,7 @@ def _with_adapter(model: PreTrainedModel, artifact: Artifact) -> PeftModel:
 
 
 def _merged(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Each adapted layer: to float32, update added, to `dtype`; then the rest."""
+    """Each adapted layer: to float32, update added, to `dtype`; then the other weights."""
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -182,7 +182,17 @@ def _merged(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
             layer.merge(safe_merge=True)
             layer.get_base_layer().to(dtype)
     plain = model.base_model.unload()
-    return plain.to(dtype)
+    _cast(plain, dtype)
+    return plain
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """As loading in `dtype` would: `model.to(dtype)` would also round the rotary frequencies and the router's bias."""
+    kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def _probe(artifact: Artifact) -> torch.Tensor:

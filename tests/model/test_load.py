@@ -71,11 +71,19 @@ def test_dora_merges_too(tiny_qwen2, registry, tmp_path):
     torch.testing.assert_close(load_model(artifact, registry=registry, dtype="float32")(IDS).logits, apart, rtol=1e-4, atol=1e-5)
 
 
-def test_a_merge_is_rounded_once(tiny_qwen2, registry, tmp_path):
-    artifact = add_adapter(tiny_qwen2, tmp_path / "a", registry)
-    exact = load_model(artifact, registry=registry, dtype="float32").state_dict()
-    rounded = load_model(artifact, registry=registry, dtype="bfloat16").state_dict()
-    assert all(torch.equal(exact[name].to(torch.bfloat16), tensor) for name, tensor in rounded.items())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merge_is_rounded_once_and_leaves_the_frequencies_alone(family, request, registry, tmp_path):
+    artifact = add_adapter(request.getfixturevalue(family), tmp_path / "a", registry)
+    merge_adapter(artifact, tmp_path / "merged", registry)
+    written = load_model(import_model(str(tmp_path / "merged"), registry=registry), registry=registry, dtype="bfloat16")
+    merged = load_model(artifact, registry=registry, dtype="bfloat16")
+    assert merged.dtype == torch.bfloat16
+    for theirs, ours in (
+        (dict(written.named_parameters()), dict(merged.named_parameters())),
+        (dict(written.named_buffers()), dict(merged.named_buffers())),
+    ):
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(tensor, ours[name]) and tensor.dtype == ours[name].dtype for name, tensor in theirs.items())
 
 
 def test_a_diverged_adapter_is_not_merged(tiny_qwen2, registry, tmp_path):
