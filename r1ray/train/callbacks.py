@@ -6,7 +6,6 @@ The exchange gives every rank the same loss and the same elapsed time, so all of
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,12 +94,8 @@ class Pace(TrainerCallback):
             zero_stage=self.config.zero_stage,
             elapsed_s=trainer.schedule.elapsed_s,
         )
-        name = checkpoint.directory_name(state.global_step)
+        name = checkpoint.directory_name(meta.step, meta.elapsed_s)
         destination = self.run_directory / name
-        if self.rank == 0:
-            shutil.rmtree(destination, ignore_errors=True)  # an attempt that was killed while saving this step
-        if dist.is_initialized():
-            dist.barrier()
 
         def move(local: ray.train.Checkpoint, _name: str) -> ray.train.Checkpoint:
             checkpoint.publish(Path(local.path), destination, meta, self.rank)

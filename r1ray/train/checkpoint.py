@@ -1,6 +1,6 @@
 """Checkpoints that can be trusted: each rank adds only its own files, its list of them comes last, and reading checks the lists.
 
-    checkpoint_000040/
+    checkpoint_00000040_000000061234/   step and milliseconds of training
       meta-rank0.json        step, world size, ZeRO stage, run, seconds trained; name -> [bytes, crc32] of rank 0's files
       meta-rank1.json        the same of rank 1's
       ...                    what TRL and DeepSpeed wrote
@@ -40,8 +40,9 @@ class Meta:
     trained_tokens: int = 0
 
 
-def directory_name(step: int) -> str:
-    return f"{_PREFIX}{step:08d}"
+def directory_name(step: int, elapsed_s: float) -> str:
+    """Sorts by step, then by time: a step that is saved twice, after falling back to an older checkpoint, gets two names."""
+    return f"{_PREFIX}{step:08d}_{round(elapsed_s * 1000):012d}"
 
 
 def publish(source: Path, destination: Path, meta: Meta, rank: int) -> None:

@@ -35,7 +35,7 @@ class Schedule:
         """Multiplier of the peak learning rate for the step after `step` done ones; the first is above zero."""
         done = self.progress(step)
         if done < self.warmup_share:
-            return min(1.0, max(done, 1 / self.total_steps) / self.warmup_share)
+            return min(1.0, max(done, (step + 1) / self.total_steps) / self.warmup_share)
         share = (done - self.warmup_share) / (1 - self.warmup_share)
         return self.floor_share + (1 - self.floor_share) * 0.5 * (1 + math.cos(math.pi * share))
 

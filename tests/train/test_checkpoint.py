@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from r1ray.errors import CheckpointCorrupt
+from r1ray.train import checkpoint
+from r1ray.train.checkpoint import Meta
+
+
+def save(run: Path, step: int, world: int = 2) -> Path:
+    """A checkpoint as two ranks write it, DeepSpeed's shards replaced by small files."""
+    meta = Meta(run="r", step=step, world_size=world, zero_stage=2, elapsed_s=step / 10)
+    destination = run / checkpoint.directory_name(step, meta.elapsed_s)
+    for rank in range(world):
+        staged = run / ".saving" / str(rank)
+        (staged / "global_step").mkdir(parents=True, exist_ok=True)
+        (staged / "global_step" / f"shard{rank}.pt").write_bytes(bytes([rank]) * 1000)
+        checkpoint.publish(staged, destination, meta, rank)
+    return destination
+
+
+def test_the_newest_checkpoint_is_found_whatever_the_order_of_saving(tmp_path) -> None:
+    save(tmp_path, 20)
+    save(tmp_path, 100)
+    found = checkpoint.last_good(tmp_path)
+    assert found is not None and found[1].step == 100
+    assert checkpoint.last_good(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "unfinished", "garbled list"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caplog, damage) -> None:
+    save(tmp_path, 10)
+    last = save(tmp_path, 20)
+    shard = last / "global_step" / "shard1.pt"
+    if damage == "truncated":
+        shard.write_bytes(b"\1" * 10)
+    elif damage == "altered":
+        shard.write_bytes(b"\1" * 999 + b"\2")
+    elif damage == "missing":
+        shard.unlink()
+    elif damage == "unfinished":
+        (last / "meta-rank1.json").unlink()
+    else:
+        (last / "meta-rank1.json").write_text("{")
+    found = checkpoint.last_good(tmp_path)
+    assert found is not None and found[1].step == 10
+    assert last.name in caplog.text and "step 10" in caplog.text
+
+
+def test_no_good_checkpoint_left_is_an_error_that_says_what_to_do(tmp_path) -> None:
+    (save(tmp_path, 10) / "global_step" / "shard0.pt").write_bytes(b"")
+    with pytest.raises(CheckpointCorrupt, match=r"train\.restart=true"):
+        checkpoint.last_good(tmp_path)
+
+
+def test_a_first_checkpoint_that_was_never_finished_is_no_checkpoint(tmp_path) -> None:
+    (save(tmp_path, 10) / "meta-rank0.json").unlink()
+    assert checkpoint.last_good(tmp_path) is None
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from r1ray.train import checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))
+run = Path(sys.argv[1])
+meta = checkpoint.Meta(run="r", step=20, world_size=1, zero_stage=2, elapsed_s=2)
+try:
+    checkpoint.publish(run / "staged", run / checkpoint.directory_name(20, 2), meta, 0)
+except checkpoint.DiskFull as error:
+    print(error)
+"""
+
+
+def test_no_room_for_a_checkpoint_is_disk_full_and_leaves_the_last_one_usable(tmp_path) -> None:
+    save(tmp_path, 10)
+    (tmp_path / "staged").mkdir()
+    (tmp_path / "staged" / "shard.pt").write_bytes(b"x" * 1000)
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "No room to save" in done.stdout and "resumes" in done.stdout
+    found = checkpoint.last_good(tmp_path)
+    assert found is not None and found[1].step == 10
+
+
+def test_torchs_failed_write_counts_as_a_full_disk_only_when_the_disk_is_full(tmp_path) -> None:
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+    assert checkpoint.out_of_room(OSError(28, "No space left on device"), tmp_path)
+    assert not checkpoint.out_of_room(error, tmp_path)
