@@ -11,7 +11,7 @@ import yaml
 
 from r1ray.cluster import Cluster, Node
 from r1ray.config import keys
-from r1ray.errors import ClusterTooSmall, CollectionNotFound, InvalidValue, ModelNotFound, PortInUse
+from r1ray.errors import ClusterTooSmall, CollectionNotFound, InvalidValue, ModelNotFound, PortInUse, TemplateMismatch
 from r1ray.serve.config import AppArgs, ModelArgs
 from r1ray.serve.preflight import bundles_of, main, preflight, read_app_args
 
@@ -91,7 +91,7 @@ def test_a_taken_port_is_found_before_serve_starts(tmp_path: Path, capsys) -> No
     assert "PortInUse: Port" in capsys.readouterr().err
 
 
-def test_an_unknown_model_and_a_missing_collection_are_found_before_serve_starts(tmp_path: Path, settings, registry, tiny_llama) -> None:
+def test_what_serving_would_miss_is_found_before_serve_starts(tmp_path: Path, settings, registry, tiny_llama) -> None:
     from r1ray.model.importer import import_model
 
     with pytest.raises(ModelNotFound):
@@ -99,6 +99,11 @@ def test_an_unknown_model_and_a_missing_collection_are_found_before_serve_starts
     import_model(str(tiny_llama), name="tiny", registry=registry)
     good = write(tmp_path, ref="tiny", collection="")
     preflight(good, settings=settings)
+    other = tmp_path / "other.jinja"
+    other.write_text("{{ messages }}", encoding="utf-8")
+    with pytest.raises(TemplateMismatch):
+        preflight(write(tmp_path, ref="tiny", collection="", chat_template=str(other)), settings=settings)
+    good = write(tmp_path, ref="tiny", collection="")
     small = Cluster(address="x", nodes=(Node(id="n", resources={"CPU": 0.25}),))
     with pytest.raises(ClusterTooSmall, match="serving bank-assistant"):
         preflight(good, settings=settings, on=small)
