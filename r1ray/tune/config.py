@@ -5,16 +5,20 @@ The hyperparameter sweep nests a whole training config, whose schema is the trai
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import Field, model_validator
 
 from r1ray.config import Config
 from r1ray.data.config import DataConfig
 from r1ray.engine.config import EngineConfig
+from r1ray.train.config import FinetuneConfig
 from r1ray.tune.profiles import PROFILES
-from r1ray.tune.space import Choice, Space, Uniform, bounds, check_keys
+from r1ray.tune.space import Choice, Space, Uniform, assign, bounds, check_keys
 from r1ray.types import Sampling
 
-__all__ = ["RuleConfig", "SamplingSweepConfig"]
+__all__ = ["AshaConfig", "HyperparameterSweepConfig", "RuleConfig", "SamplingSweepConfig"]
 
 _SPACE: Space = {
     "temperature": Uniform(type="uniform", low=0.0, high=1.0),
@@ -46,6 +50,9 @@ class SamplingSweepConfig(Config):
         min_length=1,
         description="Quality is the mean of those of these metrics that the evaluation reports.",
     )
+    length_margin: float | None = Field(
+        default=None, gt=0, description="Cut answers at this multiple of the gold answer's tokens plus 16; null lets max_tokens decide."
+    )
     candidates: tuple[str, ...] = Field(
         default=tuple(p.name for p in PROFILES), description="Named profiles tried first, in this order; the first is the baseline."
     )
@@ -73,3 +80,36 @@ class SamplingSweepConfig(Config):
             for value in bounds(distribution):
                 Sampling.model_validate({key: value})
         return self
+
+
+class AshaConfig(Config):
+    """Asynchronous successive halving (arXiv 1810.05934): at each rung only the best share of the trials goes on."""
+
+    grace_steps: int = Field(default=10, ge=1, description="No trial is stopped before this many optimizer steps: the first rung.")
+    reduction_factor: float = Field(default=3, gt=1, description="One in so many goes on at a rung; the next rung is so many times later.")
+
+
+class HyperparameterSweepConfig(Config):
+    """Settings of jobs/sweep_hyperparameters.py."""
+
+    finetune: FinetuneConfig = Field(description="The training that every trial runs, as in jobs/configs/finetune_*.yaml.")
+    space: Space = Field(min_length=1, description="Dotted keys of `finetune` -> distribution, e.g. train.learning_rate.")
+    num_samples: int = Field(default=12, ge=1, description="Trainings in all.")
+    include_base: bool = Field(default=True, description="The first trial is `finetune` unchanged: what the others are compared with.")
+    eval_share: float = Field(default=0.1, gt=0, lt=1, description="Share of the dialogues held out of every training.")
+    eval_limit: int = Field(default=64, ge=1, description="At most so many of them give the eval loss (of their last answer).")
+    asha: AshaConfig | None = Field(default_factory=AshaConfig, description="Early stopping by training loss; null trains all to the end.")
+    max_concurrent: int | None = Field(default=None, ge=1, description="Trials side by side; null: as many as the cluster can hold.")
+    seed: int = Field(default=0, description="Of the search and of the split; the training's own seed is finetune.train.seed.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> HyperparameterSweepConfig:
+        check_keys(self.space, FinetuneConfig)
+        for key, distribution in self.space.items():
+            for value in bounds(distribution):
+                self.trial({key: value})
+        return self
+
+    def trial(self, values: Mapping[str, Any]) -> FinetuneConfig:
+        """`finetune` with the dotted keys of one trial set."""
+        return FinetuneConfig.model_validate(assign(self.finetune.model_dump(), values))

@@ -101,6 +101,7 @@ def _fresh(sweep: Sweep, trainable: Any, searcher: Searcher, scheduler: TrialSch
             verbose=0,
             callbacks=[Progress(sweep.num_samples, sweep.show)],
             failure_config=tune.FailureConfig(max_failures=sweep.max_failures),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a trial has no state worth keeping
         ),
     )
 

@@ -100,7 +100,7 @@ def _measure(config: SamplingSweepConfig, settings: Settings, artifact: Artifact
         show=_shown,
         reuse_actors=True,
     )
-    trainable = tune.with_parameters(SamplingTrial, sweep=config, ref=artifact.ref, settings=settings)
+    trainable = tune.with_parameters(SamplingTrial, sweep=config, artifact=artifact, settings=settings)
     outcome = run_sweep(sweep, tune.with_resources(trainable, {key: value for key, value in bundle.items() if value}), searcher)
     print(f"{len(outcome.results)} settings in {outcome.seconds:.0f} s{' (resumed)' if outcome.resumed else ''}", flush=True)
     return [result for result in outcome.results if result.error is None and "quality" in (result.metrics or {})]

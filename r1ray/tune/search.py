@@ -29,7 +29,7 @@ class CandidatesFirst(Searcher):
     """
 
     def __init__(self, candidates: Sequence[tuple[str, Mapping[str, Any]]], searcher: OptunaSearch | None) -> None:
-        super().__init__(metric=searcher.metric if searcher else None, mode=searcher.mode if searcher else None)
+        super().__init__()  # without a metric: Tune would demand it of every intermediate report
         self._candidates = list(candidates)
         self._searcher = searcher
         self._suggested: dict[str, dict[str, Any]] = {}
@@ -51,18 +51,14 @@ class CandidatesFirst(Searcher):
         return suggestion
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if self._is_searched(trial_id):
-            self._searcher.on_trial_result(trial_id, result)  # type: ignore[union-attr]
+        """Intermediate reports are the scheduler's business."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        if self._is_searched(trial_id):
-            self._searcher.on_trial_complete(trial_id, result, error)  # type: ignore[union-attr]
+        if self._searcher is not None and self._suggested.get(trial_id, {}).get("name", "").startswith("search-"):
+            self._searcher.on_trial_complete(trial_id, result, error)
 
     def save(self, checkpoint_path: str) -> None:
         Path(checkpoint_path).write_bytes(pickle.dumps(self.__dict__))
 
     def restore(self, checkpoint_path: str) -> None:
         self.__dict__.update(pickle.loads(Path(checkpoint_path).read_bytes()))
-
-    def _is_searched(self, trial_id: str) -> bool:
-        return self._searcher is not None and self._suggested.get(trial_id, {}).get("name", "").startswith("search-")

@@ -1,19 +1,14 @@
-"""How a sampling sweep chooses, names itself and times answers; Ray's part is in tests/integration."""
+"""How a sampling sweep chooses and names itself; Ray's part is in tests/integration."""
 
 import math
 
 import pytest
 
 from r1ray.config import load_config
-from r1ray.engine.config import EngineConfig
-from r1ray.engine.fake import FakeEngine
-from r1ray.engine.offline import generate_all
-from r1ray.engine.protocol import GenerationRequest
 from r1ray.errors import TuningError
 from r1ray.tune.config import RuleConfig, SamplingSweepConfig
 from r1ray.tune.report import Setting
 from r1ray.tune.sampling import choose, sweep_name
-from r1ray.tune.timing import TimedEngine
 from r1ray.types import Artifact, Manifest, Sampling, TemplateInfo
 
 
@@ -57,12 +52,3 @@ def test_a_new_rule_names_the_same_sweep_and_new_weights_another(tmp_path):
     assert name == sweep_name(sweep("rule.max_slowdown=0.5", "attach=false", "model=m@production"), artifact(tmp_path))
     assert name != sweep_name(sweep("limit=3"), artifact(tmp_path))
     assert name != sweep_name(sweep(), artifact(tmp_path, weights="b"))
-
-
-def test_every_answer_is_timed():
-    engine = TimedEngine(FakeEngine(EngineConfig(type="fake", num_slots=2, max_waiting=0), context_length=64))
-    requests = [GenerationRequest(id=f"r{i}", prompt_ids=(5, 6, 7), sampling=Sampling(max_tokens=4)) for i in range(5)]
-    assert len(generate_all(engine, requests)) == 5
-    assert len(engine.seconds) == len(engine.ttft_s) == 5
-    assert engine.num_tokens == 15
-    assert all(first <= total for first, total in zip(sorted(engine.ttft_s), sorted(engine.seconds), strict=True))

@@ -1,0 +1,82 @@
+"""One actor of the sampling sweep: holds the model, measures setting after setting. The Ray class is thin; `Bench` works without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from statistics import fmean
+from typing import Any
+
+from ray import tune
+
+from r1ray.data.read import read_conversations
+from r1ray.engine.create import create_engine
+from r1ray.errors import TuningError
+from r1ray.evaluate.config import EvaluateConfig
+from r1ray.evaluate.runner import evaluate
+from r1ray.registry import Registry
+from r1ray.settings import Settings
+from r1ray.tune.config import SamplingSweepConfig
+from r1ray.types import Artifact, Sampling
+
+__all__ = ["Bench", "SamplingTrial"]
+
+
+class Bench:
+    """The model, its engine and the evaluation set, loaded once; `measure` answers the set with one setting."""
+
+    def __init__(self, config: SamplingSweepConfig, artifact: Artifact, settings: Settings) -> None:
+        start = time.monotonic()
+        self._config = config
+        self._registry = Registry(settings)
+        self._artifact = artifact
+        self._conversations = read_conversations(config.data.model_copy(update={"limit": config.limit or config.data.limit})).conversations
+        # Nothing may wait for a slot, or waiting would be measured as the setting's latency.
+        threads = config.engine.num_threads or max(1, int(config.cpus_per_actor))
+        engine = config.engine.model_copy(update={"max_waiting": 0, "num_threads": threads})
+        self._engine = create_engine(self._artifact, engine, self._registry)
+        self._evaluation = EvaluateConfig(data=config.data, length_margin=config.length_margin, num_bootstrap=0)
+        print(f"{artifact.ref} and {len(self._conversations)} dialogues ready in {time.monotonic() - start:.1f} s", flush=True)
+
+    def measure(self, sampling: Sampling) -> dict[str, Any]:
+        """quality (mean of the wanted metrics), latency_s (mean seconds per answer with all slots busy) and every score."""
+        seeded = sampling if sampling.seed is not None else sampling.model_copy(update={"seed": self._config.seed})
+        report = evaluate(
+            self._artifact, self._conversations, self._evaluation, registry=self._registry, sampling=seeded, engine=self._engine
+        )
+        scores = dict(report.metrics)
+        wanted = [scores[name] for name in self._config.quality if name in scores]
+        if not wanted:
+            raise TuningError(f"The evaluation reports {', '.join(scores)}, none of quality={list(self._config.quality)}. Name one.")
+        seconds = sorted(row["seconds"] for row in report.examples)
+        scores["latency_p95_s"] = seconds[min(len(seconds) - 1, int(0.95 * len(seconds)))]
+        scores["ttft_s"] = fmean(row["ttft_s"] for row in report.examples)
+        return {
+            "quality": fmean(wanted),
+            "latency_s": fmean(seconds),
+            "scores": scores,
+            "data_hash": report.data_hash,
+            "num_examples": report.num_examples,
+        }
+
+    def close(self) -> None:
+        asyncio.run(self._engine.stop())
+
+
+class SamplingTrial(tune.Trainable):
+    """Ray Tune's view of a Bench: one step per setting; the actor and its model are kept for the next one."""
+
+    def setup(self, config: dict[str, Any], sweep: SamplingSweepConfig, artifact: Artifact, settings: Settings) -> None:
+        self._base = sweep.base
+        self._bench = Bench(sweep, artifact, settings)
+        self.reset_config(config)
+
+    def step(self) -> dict[str, Any]:
+        return {**self._bench.measure(self._sampling), "done": True}
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._sampling = Sampling.model_validate(self._base.model_dump() | new_config["values"])
+        return True
+
+    def cleanup(self) -> None:
+        self._bench.close()
