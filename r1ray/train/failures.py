@@ -41,7 +41,7 @@ def unwrap(error: BaseException, run_directory: Path) -> R1RayError:
 
 def _cause(failure: BaseException) -> BaseException:
     """Ray wraps what a worker raised, several times."""
-    for name in ("_base_exc", "cause"):
+    for name in ("_base_exc", "health_check_failure", "cause"):
         inner = getattr(failure, name, None)
         if isinstance(inner, BaseException) and inner is not failure:
             return _cause(inner)
