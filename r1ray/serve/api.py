@@ -32,11 +32,11 @@ TASK = "x-task"
 B = TypeVar("B", ChatBody, CompletionBody)
 
 
-def create_api(service: ChatService) -> FastAPI:
-    """The application, ready for any ASGI server."""
+def create_api(service: ChatService, *, echo_request_id: bool = True) -> FastAPI:
+    """The application, ready for any ASGI server. Serve echoes X-Request-Id itself; a second one would make "a, a" of it."""
     api = FastAPI(title="r1ray", version=r1ray.__version__, docs_url="/docs", redoc_url=None)
     api.state.service = service
-    api.add_middleware(_RequestIds)
+    api.add_middleware(_RequestIds, echo=echo_request_id)
     api.add_exception_handler(HTTPException, _on_http_error)
     api.add_exception_handler(Exception, _on_error)
     _add_generation_routes(api, service)
@@ -176,10 +176,11 @@ def _with_task(body: B, request: Request) -> B:
 
 
 class _RequestIds:
-    """Echoes X-Request-Id, or makes one. Plain ASGI: Starlette's own middleware would put a queue into every stream."""
+    """Takes X-Request-Id, or makes one. Plain ASGI: Starlette's own middleware would put a queue into every stream."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, echo: bool) -> None:
         self._app = app
+        self._echo = echo
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -189,7 +190,7 @@ class _RequestIds:
         scope.setdefault("state", {})["id"] = request_id
 
         async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            if self._echo and message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 

@@ -40,4 +40,4 @@ class Router:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve asks for the app once the constructor has run."""
-        return create_api(self._service)
+        return create_api(self._service, echo_request_id=False)

@@ -104,7 +104,8 @@ def test_a_strict_client_gets_answers_streams_and_models(deployed: Deployed) -> 
     assert chunks[-1].usage.completion_tokens == 20
     assert client.completions.create(model="tiny", prompt="abc", max_tokens=3).object == "text_completion"
     assert [model.id for model in client.models.list().data] == ["tiny", "slow"]
-    assert httpx.get(f"{deployed.url}/health", timeout=30).status_code == 200
+    health = httpx.get(f"{deployed.url}/health", timeout=30, headers={"X-Request-Id": "mine"})
+    assert (health.status_code, health.headers.get_list("x-request-id")) == (200, ["mine"])
 
 
 def test_answers_name_the_passages_they_were_given(deployed: Deployed) -> None:
