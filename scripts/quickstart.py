@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import json
 import os
 import re
@@ -48,7 +47,7 @@ class Plan:
     name: str
     train_config: str
     data: Path
-    test: Path | None
+    test: Path
     question: str
     collection: str | None
 
@@ -203,13 +202,13 @@ class Quickstart:
         )
 
     def train(self, plan: Plan) -> None:
-        self.submit("finetune", plan.train_config, f"name={plan.name}", f"data.path={plan.data}", "train.num_workers=2")
+        collection = f"collection={plan.collection or 'null'}"
+        self.submit("finetune", plan.train_config, f"name={plan.name}", collection, f"data.path={plan.data}", "train.num_workers=2")
 
     def evaluate(self, plan: Plan) -> None:
         out = self.report_path(plan)
-        test = plan.test or self.settings.home / "data" / plan.name / "test.parquet"
         models = f"models=[smollm2-135m-instruct, {plan.name}]"
-        self.submit("evaluate", "evaluate", models, f"data.path={test}", "limit=300", f"out={out}")
+        self.submit("evaluate", "evaluate", models, f"data.path={plan.test}", "limit=300", f"out={out}")
 
     def report_path(self, plan: Plan) -> Path:
         return self.settings.home / "reports" / f"quickstart-{plan.name}.json"
@@ -219,7 +218,7 @@ class Quickstart:
         config = yaml.safe_load((ROOT / "serve_config.yaml").read_text(encoding="utf-8"))
         config["http_options"]["port"] = port
         model = config["applications"][0]["args"]["models"][0]
-        model |= {"id": plan.name, "ref": f"{plan.name}@production", "collection": plan.collection}
+        model |= {"id": plan.name, "ref": f"{plan.name}@production", "collection": plan.collection or ""}
         path = self.settings.home / "serve_config.yaml"
         path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         url = f"http://{LOOPBACK}:{port}"
@@ -274,12 +273,9 @@ def sibling_test_file(data: Path) -> Path | None:
 
 
 def first_text(path: Path) -> str:
-    if path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as rows:
-            return next(csv.reader(rows), [""])[0] and next(csv.reader(rows))[0]
-    from r1ray.data.read import read_conversations
-
+    """What the first customer in a file says."""
     from r1ray.data.config import DataConfig
+    from r1ray.data.read import read_conversations
 
     loaded = read_conversations(DataConfig(path=path, limit=1))
     return next(message.content for message in loaded.conversations[0].messages if message.role == "user")
@@ -291,7 +287,8 @@ def ask(url: str, plan: Plan) -> None:
 
     client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
     console.print(f"    [bold]user[/]  {plan.question}")
-    start, first, text, cited = time.monotonic(), 0.0, "", []
+    start, first, text = time.monotonic(), 0.0, ""
+    cited: list[dict[str, str]] = []
     console.print("    [bold]model[/] ", end="")
     for chunk in client.chat.completions.create(model=plan.name, messages=[{"role": "user", "content": plan.question}], stream=True):
         delta = (chunk.choices[0].delta.content or "") if chunk.choices else ""
