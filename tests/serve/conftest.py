@@ -81,6 +81,7 @@ class Shelf:
     answer: Answer = echo
     thinks: bool = False
     token_delay_s: float = 0.0
+    fail_after_tokens: int | None = None
     num_slots: int = 8
     max_waiting: int = 256
     context_length: int = 2048
@@ -93,9 +94,8 @@ class Shelf:
     async def load(self, artifact: Artifact) -> LoadedVersion:
         if artifact.version in self.broken:
             raise OSError("its weights cannot be read")
-        config = EngineConfig(
-            type="fake", num_slots=self.num_slots, max_waiting=self.max_waiting, fake=FakeConfig(token_delay_s=self.token_delay_s)
-        )
+        fake = FakeConfig(token_delay_s=self.token_delay_s, fail_after_tokens=self.fail_after_tokens)
+        config = EngineConfig(type="fake", num_slots=self.num_slots, max_waiting=self.max_waiting, fake=fake)
         engine = FakeEngine(config, answer=self.answer, context_length=self.context_length)
         await engine.start()
         self.engines.append(engine)

@@ -200,8 +200,7 @@ def test_a_request_that_does_not_start_in_time_is_a_503_and_leaves_the_engine(se
 
 
 def test_an_engine_that_dies_midstream_is_an_error_object_then_done(serve_fake, fakes) -> None:
-    server = serve_fake(answer=fakes.says("x" * 400), token_delay_s=0.005)
-    threading.Timer(0.3, server.engine.fail).start()
+    server = serve_fake(answer=fakes.says("x" * 400), token_delay_s=0.005, fail_after_tokens=20)
     found = events(post(server, "/v1/chat/completions", model="fake", messages=HELLO, stream=True))
     assert found[-1] == "[DONE]" and found[-2]["error"]["code"] == "engine_stopped"
     assert len(found) > 3
