@@ -16,7 +16,9 @@ import platform
 import resource
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +53,8 @@ def machine() -> str:
     cpu = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "unknown CPU"
     )
-    load = os.getloadavg()[0]
-    return f"{os.cpu_count()} x {cpu}, {platform.system()}, torch {torch.__version__}, transformers {transformers.__version__}, load {load:.1f}"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{os.cpu_count()} x {cpu}, {platform.system()}, {versions}, load {os.getloadavg()[0]:.1f}"
 
 
 def prompts(num: int) -> list[tuple[int, ...]]:
@@ -66,11 +68,11 @@ def best(measure: Callable[[], tuple[float, float]], repeats: int) -> tuple[floa
     return max(measure() for _ in range(repeats))
 
 
-def ours(artifact: Artifact, registry: Registry, concurrency: int, repeats: int) -> Row:
+def ours(artifact: Artifact, concurrency: int, repeats: int) -> Row:
     from r1ray.engine.create import create_engine
     from r1ray.engine.offline import generate_all
 
-    engine = create_engine(artifact, EngineConfig(num_slots=concurrency, max_context=512, dtype="bfloat16"), registry)
+    engine = create_engine(artifact, EngineConfig(num_slots=concurrency, max_context=512, dtype="bfloat16"), Registry())
     sampling = Sampling(temperature=0, max_tokens=NUM_NEW)
 
     def measure() -> tuple[float, float]:
@@ -88,12 +90,12 @@ def ours(artifact: Artifact, registry: Registry, concurrency: int, repeats: int)
     return Row("r1ray", "bf16", concurrency, rate, ttft, peak_mb())
 
 
-def theirs(artifact: Artifact, registry: Registry, concurrency: int, repeats: int) -> Row:
+def theirs(artifact: Artifact, concurrency: int, repeats: int) -> Row:
     import torch
 
     from r1ray.model.load import load_model
 
-    model: Any = load_model(artifact, registry=registry, dtype="bfloat16")
+    model: Any = load_model(artifact, registry=Registry(), dtype="bfloat16")
     ids = torch.tensor(prompts(concurrency))
 
     def generate(num_new: int) -> float:
@@ -107,7 +109,7 @@ def theirs(artifact: Artifact, registry: Registry, concurrency: int, repeats: in
 
 
 def peak_mb() -> float:
-    """Of the whole process so far, MiB: rows of one run only grow."""
+    """Of this process, MiB; every row has a process of its own."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -131,13 +133,13 @@ def main() -> None:
     arguments = parser.parse_args()
     from r1ray.model.importer import import_model
 
-    registry = Registry()
-    artifact = import_model("smollm2", registry=registry)
+    artifact = import_model("smollm2", registry=Registry())
     console.print(machine())
     rows = []
     for concurrency in (1, 8, 32):
         for measure in (ours,) if arguments.ours_only else (ours, theirs):
-            rows.append(measure(artifact, registry, concurrency, arguments.repeats))
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+                rows.append(alone.submit(measure, artifact, concurrency, arguments.repeats).result())
             console.print(f"{rows[-1].engine}, {concurrency} streams: {rows[-1].tokens_per_s:.0f} tokens/s", style="dim")
     show(rows)
     if arguments.json:
