@@ -43,16 +43,26 @@ def family(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 
 
-@pytest.fixture
-def reference() -> Callable[[Any, tuple[int, ...], int], list[int]]:
-    def greedy(model: Any, prompt: tuple[int, ...], num: int) -> list[int]:
-        import torch
+@functools.cache
+def _greedy(directory: Path, adapter: Path | None, prompt: tuple[int, ...], num: int) -> list[int]:
+    import torch
+    from peft import PeftModel
 
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=num, min_new_tokens=num, do_sample=False, pad_token_id=0
-        )
-        return out[0, len(prompt) :].tolist()
+    model = lively(directory)
+    model = model if adapter is None else PeftModel.from_pretrained(model, adapter)
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=num, min_new_tokens=num, do_sample=False, pad_token_id=0
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.fixture
+def reference() -> Callable[..., list[int]]:
+    """(model directory, prompt, number of tokens, adapter directory) -> transformers' own greedy tokens."""
+
+    def greedy(directory: Path, prompt: tuple[int, ...], num: int, adapter: Path | None = None) -> list[int]:
+        return _greedy(directory, adapter, prompt, num)
 
     return greedy
 
