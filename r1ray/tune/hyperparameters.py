@@ -20,6 +20,7 @@ from r1ray.registry import Registry
 from r1ray.settings import Settings
 from r1ray.train.config import FinetuneConfig
 from r1ray.tune.config import HyperparameterSweepConfig
+from r1ray.tune.heldout import divide
 from r1ray.tune.record import SweepRecord, sweep_record
 from r1ray.tune.report import print_rows, write_rows
 
@@ -31,11 +32,14 @@ def sweep_hyperparameters(config: HyperparameterSweepConfig, settings: Settings 
 
     Raises:
         ClusterTooSmall: not even one trial fits.
+        NothingToTrain: too few dialogues to hold some out.
         TuningError: no trial reached its end.
     """
     settings = settings or Settings()
     base = Registry(settings).resolve(config.finetune.base)
-    identity = hashlib.sha256(f"{config_hash(config)}{base.manifest.weights_sha256}".encode()).hexdigest()[:12]
+    kept, held = divide(config.finetune.data, config)
+    print(f"{len(kept.conversations)} dialogues to train on, {len(held.conversations)} held out", flush=True)
+    identity = hashlib.sha256(f"{config_hash(config)}{base.manifest.weights_sha256}{kept.data_hash}".encode()).hexdigest()[:12]
     name = f"hyperparameters-{config.finetune.name}-{identity}"
     with sweep_record("sweep-hyperparameters", name, settings) as record:
         record.run.log_params({"base": base.ref, **config.model_dump(mode="json", exclude={"space"})})
@@ -99,7 +103,6 @@ def _search(config: HyperparameterSweepConfig, settings: Settings, name: str) ->
         num_samples=config.num_samples,
         max_concurrent=num_trials,
         show=_shown,
-        max_failures=config.finetune.train.max_failures,
     )
     runs = settings.checkpoints / f"{name}-runs"
     trainable = tune.with_parameters(train_trial, sweep=config, runs=runs, num_concurrent=num_trials, settings=settings)

@@ -5,7 +5,6 @@ A sweep is named after its configuration: submitting the same one again resumes 
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -56,8 +55,6 @@ def run_sweep(sweep: Sweep, trainable: Any, searcher: Searcher, scheduler: Trial
     Raises:
         TuningError: no trial finished; quotes the first error.
     """
-    # Tune's own CSV, JSON and TensorBoard loggers: MLflow has it all.
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     start = time.monotonic()
     resumed = _can_resume(sweep.path)
     tuner = _restored(sweep, trainable) if resumed else _fresh(sweep, trainable, searcher, scheduler)

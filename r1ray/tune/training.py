@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
 from r1ray import cluster
-from r1ray.data.read import read_conversations
-from r1ray.data.schema import data_hash
-from r1ray.data.split import hold_out
-from r1ray.errors import NothingToTrain, R1RayError, TrainingError
+from r1ray.errors import R1RayError, TrainingError
 from r1ray.model.load import choose_dtype, load_model
 from r1ray.registry import Registry
 from r1ray.settings import Settings
@@ -28,6 +24,7 @@ from r1ray.train.failures import unwrap
 from r1ray.train.tokens import TokenSet, tokenise
 from r1ray.train.worker import WorkOrder, plan_of, work
 from r1ray.tune.config import HyperparameterSweepConfig
+from r1ray.tune.heldout import divide, held_out_loss
 
 __all__ = ["DRIVER_CPUS", "train_trial", "worker_bundles"]
 
@@ -50,7 +47,7 @@ def train_trial(config: dict[str, Any], sweep: HyperparameterSweepConfig, runs: 
     summary = _fit(order)
     last = checkpoint.last_good(directory)
     assert last is not None, "training ends with a checkpoint"
-    loss = _held_out_loss(order, last[0], held_out)
+    loss = held_out_loss(_trained_model(order, last[0]), held_out)
     shutil.rmtree(last[0])
     tune.report({"step": summary["step"], "loss": summary["loss"], "seconds": summary["elapsed_s"], "eval_loss": loss})
 
@@ -59,19 +56,8 @@ def _prepare(
     config: FinetuneConfig, sweep: HyperparameterSweepConfig, directory: Path, num_concurrent: int, settings: Settings
 ) -> tuple[WorkOrder, TokenSet]:
     base = Registry(settings).resolve(config.base)
-    loaded = read_conversations(config.data)
-    kept, held = hold_out(loaded.conversations, sweep.eval_share, seed=sweep.seed)
-    if not kept or not held:
-        raise NothingToTrain(f"{len(kept)} dialogues to train on, {len(held)} held out by eval_share={sweep.eval_share:g}. Give more rows.")
     sets = [
-        tokenise(
-            replace(loaded, conversations=part, data_hash=data_hash(part)),
-            base,
-            config.data,
-            max_length=config.train.max_length,
-            cache=settings.cache,
-        )
-        for part in (kept, held[: sweep.eval_limit])
+        tokenise(part, base, config.data, max_length=config.train.max_length, cache=settings.cache) for part in divide(config.data, sweep)
     ]
     train = config.train
     cores = os.cpu_count() or 1
@@ -99,7 +85,7 @@ def _dtype(config: TrainConfig) -> str:
 
 def _fit(order: WorkOrder) -> dict[str, Any]:
     """Runs the workers; the last step, its loss and the seconds trained."""
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -117,6 +103,8 @@ def _fit(order: WorkOrder) -> dict[str, Any]:
             name=order.run,
             storage_path=str(order.run_directory.parent),
             callbacks=[TuneReportCallback()],
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": {**environment, "PYTHONWARNINGS": "ignore"}},
         ),
     )
@@ -136,18 +124,6 @@ def _last_loss(order: WorkOrder) -> float:
     if not steps:
         raise TrainingError(f"Trial {order.run} left no learning curve in {order.run_directory}. This is a defect.")
     return steps[-1].loss
-
-
-def _held_out_loss(order: WorkOrder, trained: Path, held_out: TokenSet) -> float:
-    """Mean negative log likelihood per token of the held-out dialogues' last answers."""
-    from r1ray.evaluate.perplexity import Scored, answer_start, negative_log_likelihoods
-
-    texts = []
-    for ids, mask in zip(*held_out.rows(), strict=True):
-        start, end = answer_start(mask)
-        texts.append(Scored(ids[:end], start))
-    shares = negative_log_likelihoods(_trained_model(order, trained), texts, batch_tokens=1024)
-    return sum(nll for nll, _ in shares) / sum(num_tokens for _, num_tokens in shares)
 
 
 def _trained_model(order: WorkOrder, trained: Path) -> Any:
