@@ -18,6 +18,7 @@ class Progress:
         self._done = 0
         self._tokens = 0
         self._begin = self._said = time.monotonic()
+        self._said_at = -1
 
     def __enter__(self) -> Self:
         return self
@@ -37,9 +38,9 @@ class Progress:
             self._say()
 
     def _say(self) -> None:
-        if self._every_s is None:
+        if self._every_s is None or self._said_at == self._done:
             return
-        self._said = time.monotonic()
+        self._said, self._said_at = time.monotonic(), self._done
         seconds = self._said - self._begin
         speed = f", {self._tokens / max(seconds, 1e-9):.0f} tokens/s" if self._tokens else ""
         print(f"{self._what}: {self._done}/{self._total} in {seconds:.1f} s{speed}", flush=True)
