@@ -199,7 +199,8 @@ def _quieten() -> None:
     """DeepSpeed's use of deprecated collectives warns in every step."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    for name in ("DeepSpeed", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import datasets
     import transformers
 
