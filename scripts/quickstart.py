@@ -154,7 +154,7 @@ class Quickstart:
     # --- the cluster and its services
 
     def start_ray(self) -> None:
-        ports = {"dashboard": free_port(8265), "gcs": free_port(6399), "client": free_port(10101), "agent": free_port(52465)}
+        ports = {"dashboard": free_port(8265), "gcs": free_port(6399), "client": free_port(9899), "agent": free_port(52465)}
         num_cpus = max(4, os.cpu_count() or 1)
         console.print(
             f"    {num_cpus} logical CPUs on {os.cpu_count()} cores: trainers and servers wait more than they compute at the edges",
