@@ -25,6 +25,7 @@ from r1ray.train.batches import accumulation_steps
 from r1ray.train.config import FinetuneConfig, TrainConfig
 from r1ray.train.export import Result, export
 from r1ray.train.failures import unwrap
+from r1ray.train.plot import draw, sparkline
 from r1ray.train.progress import Follower, Step, curve, line
 from r1ray.train.tokens import TokenSet, tokenise
 from r1ray.train.worker import WorkOrder, plan_of, work
@@ -75,6 +76,9 @@ def _train(config: FinetuneConfig, order: WorkOrder, data_hash: str, registry: R
         started = time.monotonic()
         with Follower(order.run_directory, on_steps, every=config.train.log_every_steps):
             last = _fit(order)
+        steps = curve(order.run_directory)
+        _say(f"loss {sparkline([step.loss for step in steps])}")
+        tracked.log_artifact(draw(steps, order.run_directory / "learning_curve.png"))
         metrics = _metrics(order, time.monotonic() - started)
         tracked.log_metrics(metrics)
         result = Result(checkpoint=last, config=config, base=order.base, data_hash=data_hash, metrics=metrics, run_id=tracked.id)
