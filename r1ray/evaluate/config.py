@@ -34,9 +34,12 @@ class EvaluateConfig(Config):
     )
     metrics: tuple[MetricName, ...] | None = Field(default=None, description="Which to compute; null takes all that the data allows.")
     engine: EngineConfig = Field(default_factory=lambda: EngineConfig(num_slots=32), description="What generates the answers.")
+    perplexity_examples: int | None = Field(
+        default=48, ge=1, description="Perplexity on a seeded sample of so many examples, since it costs a pass over each; null: all."
+    )
     perplexity_batch_tokens: int = Field(default=1024, ge=1, description="Padded tokens per forward pass of the perplexity.")
     num_bootstrap: int = Field(default=1000, ge=0, description="Resamples behind each 95 % interval; 0 leaves the intervals out.")
-    seed: int = Field(default=0, description="Of the resampling.")
+    seed: int = Field(default=0, description="Of the resampling and the perplexity's sample.")
     annotate: bool = Field(default=True, description="Write the metrics to the version's tags in the registry.")
     out: Path | None = Field(default=None, description="JSON report; null writes reports/evaluate-<time>.json in R1RAY_HOME.")
     progress_s: float | None = Field(default=5.0, gt=0, description="Seconds between progress lines; null prints none.")

@@ -2,7 +2,7 @@
 
 Token ids come from the training template, so reasoning counts where the gold answer has some. Earlier assistant turns are context.
 
-Shapes: B rows, T padded tokens, V vocabulary, A answer tokens of a batch.
+Shapes: B rows, T padded tokens, K last positions, V vocabulary, A answer tokens of a row.
 """
 
 from __future__ import annotations
@@ -60,14 +60,23 @@ def _batches(texts: Sequence[Scored], batch_tokens: int) -> Iterator[list[int]]:
 
 
 def _batch_nll(model: PreTrainedModel, texts: Sequence[Scored]) -> list[float]:
+    """Rows are padded on the left: the answers end together, so logits are computed for the last positions only."""
     longest = max(len(t.ids) for t in texts)
-    ids_BT = torch.tensor([t.ids + [0] * (longest - len(t.ids)) for t in texts], device=model.device)
-    mask_BT = torch.tensor([[1] * len(t.ids) + [0] * (longest - len(t.ids)) for t in texts], device=model.device)
-    logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+    pads = [longest - len(t.ids) for t in texts]
+    ids_BT = torch.tensor([[0] * pad + t.ids for pad, t in zip(pads, texts, strict=True)], device=model.device)
+    mask_BT = torch.tensor([[0] * pad + [1] * len(t.ids) for pad, t in zip(pads, texts, strict=True)], device=model.device)
+    num_kept = max(len(t.ids) - max(t.start, 1) for t in texts) + 1  # the token before an answer predicts its first one
+    logits_BKV = model(
+        input_ids=ids_BT,
+        attention_mask=mask_BT,
+        position_ids=(mask_BT.cumsum(-1) - 1).clamp(min=0),
+        use_cache=False,
+        logits_to_keep=num_kept,
+    ).logits
     sums = []
     for row, text in enumerate(texts):
-        first = max(text.start, 1)  # nothing predicts the very first token
-        logits_AV = logits_BTV[row, first - 1 : len(text.ids) - 1].float()
-        target_A = ids_BT[row, first : len(text.ids)]
+        num = len(text.ids) - max(text.start, 1)  # nothing predicts the very first token
+        logits_AV = logits_BKV[row, num_kept - 1 - num : num_kept - 1].float()
+        target_A = ids_BT[row, longest - num :]
         sums.append(float(torch.nn.functional.cross_entropy(logits_AV, target_A, reduction="sum")))
     return sums

@@ -9,8 +9,10 @@ Knows no MLflow, no terminal and no Ray.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
+import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +38,8 @@ from r1ray.types import Artifact, Conversation, Report, Sampling
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from r1ray.evaluate.perplexity import Scored
+
 __all__ = ["evaluate"]
 
 log = logging.getLogger(__name__)
@@ -43,7 +47,7 @@ log = logging.getLogger(__name__)
 LENGTH_SLACK = 16  # tokens that length_margin adds, so that short gold answers leave room for a format
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class _Subject:
     """What is evaluated on what."""
 
@@ -53,6 +57,11 @@ class _Subject:
     sampling: Sampling
     examples: Sequence[Example]
     tokenizer: PreTrainedTokenizerBase
+
+    @functools.cached_property
+    def teacher(self) -> PreTrainedTokenizerBase:
+        """The tokenizer under the training template."""
+        return training_tokenizer(self.artifact)
 
     @property
     def system_prompt(self) -> str | None:
@@ -123,20 +132,28 @@ def _with_own_engine(subject: _Subject) -> tuple[Sequence[Share | None], tuple[l
 
 
 def _perplexity(subject: _Subject, model: PreTrainedModel) -> Sequence[Share | None]:
-    from r1ray.evaluate.perplexity import Scored, answer_start, negative_log_likelihoods
+    """One share per example, None for those outside the sample."""
+    from r1ray.evaluate.perplexity import negative_log_likelihoods
 
-    tokenizer = training_tokenizer(subject.artifact)
-    texts = []
+    num, limit = len(subject.examples), subject.config.perplexity_examples
+    chosen = sorted(random.Random(subject.config.seed).sample(range(num), min(num, limit or num)))
     try:
-        for example in subject.examples:
-            ids, mask = training_ids(tokenizer, [*example.prompt, example.gold], system_prompt=subject.system_prompt)
-            start, end = answer_start(mask)
-            texts.append(Scored(ids[:end], start))
+        texts = [_scored(subject, subject.examples[i]) for i in chosen]
     except TemplateNotTrainable as error:
         log.warning("no perplexity for %s: %s", subject.artifact.ref, error)
-        return [None] * len(subject.examples)
+        return [None] * num
     with Progress(subject.config.progress_s, f"{subject.artifact.ref} perplexity", len(texts)) as progress:
-        return negative_log_likelihoods(model, texts, batch_tokens=subject.config.perplexity_batch_tokens, on_done=progress.at)
+        shares = negative_log_likelihoods(model, texts, batch_tokens=subject.config.perplexity_batch_tokens, on_done=progress.at)
+    by_index = dict(zip(chosen, shares, strict=True))
+    return [by_index.get(i) for i in range(num)]
+
+
+def _scored(subject: _Subject, example: Example) -> Scored:
+    from r1ray.evaluate.perplexity import Scored, answer_start
+
+    ids, mask = training_ids(subject.teacher, [*example.prompt, example.gold], system_prompt=subject.system_prompt)
+    start, end = answer_start(mask)
+    return Scored(ids[:end], start)
 
 
 def _answers(subject: _Subject, engine: Engine) -> tuple[list[Completion], float]:
