@@ -81,6 +81,11 @@ class SamplingSweepConfig(Config):
                 Sampling.model_validate({key: value})
         return self
 
+    @property
+    def evaluation_data(self) -> DataConfig:
+        """`data` with this sweep's limit."""
+        return self.data.model_copy(update={"limit": self.limit or self.data.limit})
+
 
 class AshaConfig(Config):
     """Asynchronous successive halving (arXiv 1810.05934): at each rung only the best share of the trials goes on."""

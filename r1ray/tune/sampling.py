@@ -13,6 +13,7 @@ from typing import Any
 
 from r1ray.cluster import check_placement, connect, num_placeable
 from r1ray.config import config_hash
+from r1ray.data.read import read_conversations
 from r1ray.errors import TuningError
 from r1ray.registry import Registry
 from r1ray.settings import Settings
@@ -38,7 +39,8 @@ def sweep_sampling(config: SamplingSweepConfig, settings: Settings | None = None
     settings = settings or Settings()
     registry = Registry(settings)
     artifact = registry.resolve(config.model)
-    name = sweep_name(config, artifact)
+    data = read_conversations(config.evaluation_data)
+    name = sweep_name(config, artifact, data.data_hash)
     with sweep_record("sweep-sampling", name, settings) as record:
         record.run.log_params({"model": artifact.ref, **config.model_dump(mode="json", exclude={"space"})})
         results = _measure(config, settings, artifact, name)
@@ -53,10 +55,10 @@ def sweep_sampling(config: SamplingSweepConfig, settings: Settings | None = None
     return found
 
 
-def sweep_name(config: SamplingSweepConfig, artifact: Artifact) -> str:
+def sweep_name(config: SamplingSweepConfig, artifact: Artifact, data_hash: str) -> str:
     """Changes with whatever changes a measurement; not with how the winner is chosen, so that a new rule costs nothing."""
     measured = config.model_copy(update={"rule": RuleConfig(), "attach": True, "task": None, "model": artifact.ref})
-    identity = hashlib.sha256(f"{config_hash(measured)}{artifact.manifest.weights_sha256}".encode()).hexdigest()[:12]
+    identity = hashlib.sha256(f"{config_hash(measured)}{artifact.manifest.weights_sha256}{data_hash}".encode()).hexdigest()[:12]
     return f"sampling-{artifact.manifest.name}-{identity}"
 
 

@@ -30,7 +30,7 @@ class Bench:
         self._config = config
         self._registry = Registry(settings)
         self._artifact = artifact
-        self._conversations = read_conversations(config.data.model_copy(update={"limit": config.limit or config.data.limit})).conversations
+        self._conversations = read_conversations(config.evaluation_data).conversations
         # Nothing may wait for a slot, or waiting would be measured as the setting's latency.
         threads = config.engine.num_threads or max(1, int(config.cpus_per_actor))
         engine = config.engine.model_copy(update={"max_waiting": 0, "num_threads": threads})

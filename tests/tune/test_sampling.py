@@ -47,8 +47,9 @@ def artifact(tmp_path, weights="a"):
     return Artifact(path=tmp_path, manifest=manifest, version=3)
 
 
-def test_a_new_rule_names_the_same_sweep_and_new_weights_another(tmp_path):
-    name = sweep_name(sweep(), artifact(tmp_path))
-    assert name == sweep_name(sweep("rule.max_slowdown=0.5", "attach=false", "model=m@production"), artifact(tmp_path))
-    assert name != sweep_name(sweep("limit=3"), artifact(tmp_path))
-    assert name != sweep_name(sweep(), artifact(tmp_path, weights="b"))
+def test_a_new_rule_names_the_same_sweep_and_new_weights_or_rows_another(tmp_path):
+    name = sweep_name(sweep(), artifact(tmp_path), "rows")
+    assert name == sweep_name(sweep("rule.max_slowdown=0.5", "attach=false", "model=m@production"), artifact(tmp_path), "rows")
+    assert name != sweep_name(sweep("limit=3"), artifact(tmp_path), "rows")
+    assert name != sweep_name(sweep(), artifact(tmp_path, weights="b"), "rows")
+    assert name != sweep_name(sweep(), artifact(tmp_path), "other rows")
