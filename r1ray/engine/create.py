@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING
+
+import psutil
 
 from r1ray.engine.config import EngineConfig
 from r1ray.engine.protocol import Engine
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 
     from r1ray.registry import Registry
 
-__all__ = ["choose_device", "create_engine"]
+__all__ = ["choose_device", "choose_threads", "create_engine"]
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +49,8 @@ def _torch_engine(artifact: Artifact, config: EngineConfig, registry: Registry, 
         model = load_model(artifact, registry=registry, dtype=config.dtype, device=choose_device(config.device))
     eos = _eos_ids(model, load_tokenizer(artifact).eos_token_id)
     limit = artifact.manifest.context_length
-    bounded = config.model_copy(update={"max_context": min(config.max_context or limit, limit)})
-    return TorchEngine(model, bounded, eos_token_ids=eos)
+    chosen = {"max_context": min(config.max_context or limit, limit), "num_threads": choose_threads(config.num_threads)}
+    return TorchEngine(model, config.model_copy(update=chosen), eos_token_ids=eos)
 
 
 def _eos_ids(model: PreTrainedModel, of_tokenizer: int | None) -> list[int]:
@@ -66,3 +69,16 @@ def choose_device(wanted: str) -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     log.info("engine device: %s (%s)", device, "a GPU is visible" if device == "cuda" else "no GPU is visible")
     return device
+
+
+def choose_threads(wanted: int | None) -> int:
+    """`wanted`, else the physical cores that this process may use.
+
+    Ray sets OMP_NUM_THREADS to the CPUs that an actor reserves, and to 1 for a job's driver. A reservation is book-keeping: left
+    alone, torch would compute on one core of many.
+    """
+    if wanted is not None:
+        return wanted
+    num_threads = max(1, min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1))
+    log.info("engine threads: %d (this process's physical cores; set engine.num_threads where processes share them)", num_threads)
+    return num_threads

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from r1ray.data.schema import data_hash
-from r1ray.engine.create import choose_device, create_engine
+from r1ray.engine.create import choose_device, choose_threads, create_engine
 from r1ray.engine.offline import Completion, generate_all
 from r1ray.engine.protocol import Engine, GenerationRequest
 from r1ray.errors import EvaluationError, TemplateNotTrainable
@@ -121,7 +121,10 @@ def _with_own_engine(subject: _Subject) -> tuple[Sequence[Share | None], tuple[l
     model = None
     surprise: Sequence[Share | None] = [None] * len(subject.examples)
     if subject.config.engine.type == "torch" and subject.wants("perplexity"):
+        import torch
+
         settings = subject.config.engine
+        torch.set_num_threads(choose_threads(settings.num_threads))
         model = load_model(subject.artifact, registry=subject.registry, dtype=settings.dtype, device=choose_device(settings.device))
         surprise = _perplexity(subject, model)
     engine = create_engine(subject.artifact, subject.config.engine, subject.registry, model=model)

@@ -15,9 +15,6 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
-
-from r1ray.engine.config import EngineConfig
 from r1ray.engine.protocol import Engine, GenerationRequest, TokenChunk
 from r1ray.errors import EngineStopped
 from r1ray.serve.batches import coalesced
@@ -226,7 +223,7 @@ def registry_host(args: ModelArgs) -> ModelHost:
 
     async def load(artifact: Artifact) -> LoadedVersion:
         codec = await asyncio.to_thread(TokenizerCodec, artifact, chat_template=Path(args.chat_template) if args.chat_template else None)
-        engine = await asyncio.to_thread(create_engine, artifact, _with_threads(args.engine), registry)
+        engine = await asyncio.to_thread(create_engine, artifact, args.engine, registry)
         await engine.start()
         await _warm_up(artifact, codec, engine)
         return LoadedVersion(artifact, codec, engine)
@@ -243,12 +240,3 @@ async def _warm_up(artifact: Artifact, codec: Codec, engine: Engine) -> None:
         async for _ in chunks:
             pass
     logger.info("%s is warm after %.1f s", artifact.ref, time.perf_counter() - started)
-
-
-def _with_threads(config: EngineConfig) -> EngineConfig:
-    """Ray tells torch to use as many threads as the replica reserves CPUs, but a reservation is book-keeping: use the cores."""
-    if config.num_threads is not None:
-        return config
-    num_threads = max(1, min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1))
-    logger.info("engine threads: %d (the node's physical cores; set engine.num_threads where replicas share a node)", num_threads)
-    return config.model_copy(update={"num_threads": num_threads})

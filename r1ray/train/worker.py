@@ -196,7 +196,8 @@ def _check_world(start: tuple[Path, checkpoint.Meta] | None, order: WorkOrder, w
 
 
 def _quieten() -> None:
-    """DeepSpeed's use of deprecated collectives warns in every step."""
+    """DeepSpeed's use of deprecated collectives warns in every step; Ray Train logs every report of every rank."""
+    logging.getLogger().setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
     for name in ("DeepSpeed", "accelerate"):
