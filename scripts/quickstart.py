@@ -178,8 +178,23 @@ class Quickstart:
         return service
 
     def stop(self) -> None:
+        """Jobs first: a job's driver outlives the head that started it."""
+        if self.dashboard and answers(f"{self.dashboard}/api/version"):
+            self.stop_jobs()
         for service in reversed(self.services):
             service.stop()
+
+    def stop_jobs(self) -> None:
+        from ray.job_submission import JobSubmissionClient
+
+        client = JobSubmissionClient(self.dashboard)
+        running = [job.submission_id for job in client.list_jobs() if job.submission_id and not job.status.is_terminal()]
+        for name in running:
+            console.print(f"    stopping job {name}", style="dim")
+            client.stop_job(name)
+        deadline = time.monotonic() + 20
+        while any(not client.get_job_status(name).is_terminal() for name in running) and time.monotonic() < deadline:
+            time.sleep(0.5)
 
     # --- the jobs
 
