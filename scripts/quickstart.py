@@ -29,6 +29,7 @@ from pathlib import Path
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from r1ray import cluster
@@ -132,7 +133,7 @@ def step(title: str) -> Iterator[None]:
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> None:
     """Run a command, its output passed through; StepFailed on a non-zero exit."""
-    console.print("    $ " + " ".join(command), style="dim")
+    console.print("    $ " + " ".join(command), style="dim", markup=False)
     done = subprocess.run(command, cwd=ROOT, env=dict(environment), check=False)
     if done.returncode != 0:
         raise StepFailed(f"`{' '.join(command[:6])} ...` ended with code {done.returncode}; the reason is printed above.")
@@ -301,7 +302,7 @@ def ask(url: str, plan: Plan) -> None:
     from openai import OpenAI
 
     client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
-    console.print(f"    [bold]user[/]  {plan.question}")
+    console.print(f"    [bold]user[/]  {escape(plan.question)}")
     start, first, text = time.monotonic(), 0.0, ""
     cited: list[dict[str, str]] = []
     console.print("    [bold]model[/] ", end="")
@@ -314,7 +315,8 @@ def ask(url: str, plan: Plan) -> None:
     console.print()
     console.print(f"    first token after {first * 1000:.0f} ms, {len(text)} characters in {time.monotonic() - start:.1f} s", style="dim")
     for citation in cited:
-        console.print(f"    \\[citation:{citation['index']}] {citation['source']} — {citation['heading']}", style="dim")
+        line = f"    [citation:{citation['index']}] {citation['source']} — {citation['heading']}"
+        console.print(line, style="dim", markup=False)
     if not text.strip():
         raise ServingError(f"{plan.name} gave an empty answer. See the replica's log in the Ray dashboard's Serve page.")
     if plan.collection and not cited:
@@ -394,7 +396,7 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("\nstopping")
     except R1RayError as error:
-        console.print(f"[red]{type(error).__name__}[/]: {error}", markup=True)
+        console.print(f"[red]{type(error).__name__}[/]: {escape(str(error))}")
         return 1
     finally:
         with step("Stopping what was started"):
