@@ -5,6 +5,7 @@ A sweep is named after its configuration: submitting the same one again resumes 
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -55,6 +56,8 @@ def run_sweep(sweep: Sweep, trainable: Any, searcher: Searcher, scheduler: Trial
     Raises:
         TuningError: no trial finished; quotes the first error.
     """
+    # With Tune's newer output even verbose=0 draws boxes into the job log, which has our progress lines.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     start = time.monotonic()
     resumed = _can_resume(sweep.path)
     tuner = _restored(sweep, trainable) if resumed else _fresh(sweep, trainable, searcher, scheduler)
