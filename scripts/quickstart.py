@@ -224,7 +224,7 @@ class Quickstart:
     def evaluate(self, plan: Plan) -> None:
         out = self.report_path(plan)
         models = f"models=[smollm2-135m-instruct, {plan.name}]"
-        self.submit("evaluate", "evaluate", models, f"data.path={plan.test}", "limit=300", f"out={out}")
+        self.submit("evaluate", "evaluate", models, f"data.path={plan.test}", "limit=300", "perplexity_examples=24", f"out={out}")
 
     def report_path(self, plan: Plan) -> Path:
         return self.settings.home / "reports" / f"quickstart-{plan.name}.json"

@@ -30,9 +30,7 @@ class EngineConfig(Config):
         default="auto", description="Of weights and KV cache; auto is bfloat16 where the processor multiplies it natively."
     )
     device: str = Field(default="auto", description="torch device: cpu, cuda, cuda:1; auto takes a GPU when there is one.")
-    num_threads: int | None = Field(
-        default=None, ge=1, description="Threads inside one operation; null: all cores it may use."
-    )
+    num_threads: int | None = Field(default=None, ge=1, description="Threads inside one operation; null: all cores it may use.")
     prefill_chunk: int = Field(
         default=256, ge=1, description="Prompt tokens computed per step beside the running streams: less is smoother, more is faster."
     )
