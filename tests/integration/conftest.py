@@ -32,7 +32,9 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
     cluster.prepare_environment()
     import ray
 
-    context = ray.init(num_cpus=4, include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=True, object_store_memory=200 * 2**20)
+    context = ray.init(
+        "local", num_cpus=4, include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=True, object_store_memory=200 * 2**20
+    )
     address = context.address_info["address"]
     # Train's clean-up actors look the cluster up by this variable.
     os.environ["RAY_ADDRESS"] = address
