@@ -126,6 +126,7 @@ def test_a_killed_worker_resumes_with_the_same_losses_to_every_digit(registry, u
     assert losses(struck) == losses(calm)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_resumes_when_the_job_is_submitted_again(registry, uninterrupted, data, capsys) -> None:
     command = [sys.executable, str(ROOT / "jobs" / "finetune.py"), *overrides("orphan", data)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT) as driver:

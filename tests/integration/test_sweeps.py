@@ -104,6 +104,7 @@ def test_a_finished_sweep_is_chosen_from_anew_without_measuring(ray_cluster, dem
     assert set(policy.provenance) == {"default", "faq"}
 
 
+@pytest.mark.slow
 def test_a_hyperparameter_sweep_stops_the_hopeless_and_frees_what_they_held(ray_cluster, demo, model, capsys):
     import ray
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 
 
 def test_train_and_serve_spread_over_two_nodes(tiny_llama: Path, tmp_path: Path) -> None:
