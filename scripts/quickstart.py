@@ -51,6 +51,7 @@ class Plan:
     test: Path
     question: str
     collection: str | None
+    num_test: int = 96
 
 
 class StepFailed(R1RayError):
@@ -213,7 +214,7 @@ class Quickstart:
             train_config="finetune_lora",
             data=demo / "train.parquet",
             test=demo / "test.parquet",
-            question="My credit card is gone, I think I lost it in Vienna. What should I do?",
+            question="I think I have lost my credit card. What should I do now?",
             collection="bank",
         )
 
@@ -224,7 +225,8 @@ class Quickstart:
     def evaluate(self, plan: Plan) -> None:
         out = self.report_path(plan)
         models = f"models=[smollm2-135m-instruct, {plan.name}]"
-        self.submit("evaluate", "evaluate", models, f"data.path={plan.test}", "limit=300", "perplexity_examples=24", f"out={out}")
+        settings = (f"limit={plan.num_test}", "perplexity_examples=24", "length_margin=1.1", f"out={out}")
+        self.submit("evaluate", "evaluate", models, f"data.path={plan.test}", *settings)
 
     def report_path(self, plan: Plan) -> Path:
         return self.settings.home / "reports" / f"quickstart-{plan.name}.json"
@@ -275,7 +277,7 @@ def own_data(data: Path, test: Path | None, settings: Settings) -> Plan:
         run(["r1ray", "split", str(data), str(held_out)], os.environ)
         data, test = held_out / "train.parquet", held_out / "test.parquet"
     question = first_text(test)
-    return Plan(name, recipe, data, test, question, None)
+    return Plan(name, recipe, data, test, question, None, num_test=300 if labelled else 96)
 
 
 def sibling_test_file(data: Path) -> Path | None:
