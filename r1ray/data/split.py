@@ -48,5 +48,5 @@ def _stem(name: str) -> str:
 
 def _draw(seed: int, name: str) -> float:
     """Uniform in [0, 1)."""
-    digest = hashlib.sha256(f"{seed}:{_stem(name)}".encode()).digest()
+    digest = hashlib.sha256(f"hold out:{seed}:{_stem(name)}".encode()).digest()  # not the hash that `data.limit` samples by
     return int.from_bytes(digest[:7], "big") / 2**56

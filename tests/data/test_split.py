@@ -59,3 +59,15 @@ def test_equal_rows_stay_on_one_side():
 
 def test_no_share_holds_nothing_out():
     assert hold_out(ROWS, 0.0, by_intent=True)[1] == ()
+
+
+def test_a_limited_sample_is_split_as_evenly_as_the_whole_file(tmp_path):
+    from r1ray.data.config import DataConfig
+    from r1ray.data.read import read_conversations
+
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "\n".join(f"question {n},label" for n in range(400)), encoding="utf-8")
+    limited = read_conversations(DataConfig(path=path, limit=100)).conversations
+    kept, held = hold_out(limited, 0.2)
+    assert len(kept) + len(held) == 100
+    assert 8 <= len(held) <= 35
