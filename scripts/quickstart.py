@@ -264,8 +264,6 @@ class Quickstart:
 
 def own_data(data: Path, test: Path | None, settings: Settings) -> Plan:
     """A plan for the user's file: labelled CSV -> the label recipe, anything else -> the dialogue recipe."""
-    if not data.is_file():
-        raise StepFailed(f"--data {data}: no such file. Give a JSON, JSONL, CSV or Parquet file.")
     name = re.sub(r"[^a-z0-9]+", "-", data.stem.lower()).strip("-") or "my-data"
     labelled = data.suffix == ".csv"
     test = test or sibling_test_file(data)
@@ -278,6 +276,13 @@ def own_data(data: Path, test: Path | None, settings: Settings) -> Plan:
         data, test = held_out / "train.parquet", held_out / "test.parquet"
     question = first_text(test)
     return Plan(name, recipe, data, test, question, None, num_test=300 if labelled else 96)
+
+
+def check_files(arguments: argparse.Namespace) -> None:
+    """Before anything starts."""
+    for option, path in (("--data", arguments.data), ("--test", arguments.test)):
+        if path is not None and not path.is_file():
+            raise StepFailed(f"{option} {path}: no such file. Give a JSON, JSONL, CSV or Parquet file.")
 
 
 def sibling_test_file(data: Path) -> Path | None:
@@ -343,6 +348,7 @@ def summary(lines: Mapping[str, str]) -> None:
 
 def tour(quickstart: Quickstart) -> None:
     """Every step in order; the first that fails ends the tour."""
+    check_files(quickstart.arguments)
     environment = quickstart.environment
     with step("1/9 Ray head with dashboard"):
         quickstart.start_ray()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -54,9 +55,9 @@ def test_dialogues_take_the_dialogue_recipe(quickstart, tmp_path):
     assert quickstart.own_data(data, data, Settings(home=tmp_path)).train_config == "finetune_lora"
 
 
-def test_a_missing_file_is_named(quickstart, tmp_path):
-    with pytest.raises(quickstart.StepFailed, match=r"nothing\.csv: no such file"):
-        quickstart.own_data(tmp_path / "nothing.csv", None, Settings(home=tmp_path))
+def test_a_missing_file_is_named_before_anything_starts(quickstart, tmp_path):
+    with pytest.raises(quickstart.StepFailed, match=r"--data .*nothing\.csv: no such file"):
+        quickstart.check_files(argparse.Namespace(data=tmp_path / "nothing.csv", test=None))
 
 
 def test_a_taken_port_gives_the_next_free_one(quickstart):
