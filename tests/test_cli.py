@@ -102,14 +102,17 @@ def test_the_environment_is_printed_as_exports_for_a_shell():
     assert done.stdout.split() == ["token", "0", "1"]
 
 
-def test_the_doctor_reports_and_fails_when_the_cluster_is_away(cli, monkeypatch, tmp_path):
+def test_the_doctor_reports_and_fails_when_the_cluster_is_away(home, tmp_path):
+    """In a process of its own: this one may be connected to the session's cluster."""
     lock = tmp_path / "py311" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
     os.utime(lock, (0, 0))
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    done = cli("doctor")
-    assert done.exit_code == 1
+    variables = {"TORCH_EXTENSIONS_DIR": tmp_path, "R1RAY_HOME": home, "R1RAY_RAY_ADDRESS": "127.0.0.1:9", "COLUMNS": 200}
+    environment = os.environ | {name: str(value) for name, value in variables.items()}
+    command = [Path(sys.executable).with_name("r1ray"), "doctor"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
     for expected in ("python", "ray 2.60", "GB free", "stale lock", "bank, base", "No Ray cluster answers at 127.0.0.1:9"):
         assert expected in " ".join(done.stdout.split())
 

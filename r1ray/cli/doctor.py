@@ -150,14 +150,16 @@ def _cluster(settings: Settings, *, start: bool) -> list[Finding]:
         return [Finding("cluster", f"several on this machine: {', '.join(running)}. Set RAY_ADDRESS to one.", "warning")]
     if not running and not start:
         return [Finding("cluster", "none runs here; a job starts a local one. To keep one: ray start --head")]
+    import ray
+
+    connected_before = ray.is_initialized()
     try:
         found = cluster.connect(settings.model_copy(update={"ray_address": running[0] if running else None}))
     except ClusterUnreachable as error:
         return [Finding("cluster", str(error), "wrong")]
     findings = list(cluster_findings(found))
-    import ray
-
-    ray.shutdown()
+    if not connected_before:
+        ray.shutdown()
     return findings
 
 

@@ -1,7 +1,7 @@
 """Train and serve on a cluster of two raylets; run by test_two_nodes.py in a process of its own, since the session has a cluster.
 
 Prints one JSON object: on which nodes the training workers and the serving replicas ran, the version, the answer.
-Usage: python two_nodes.py MODEL_DIRECTORY PORT
+Usage: python two_nodes.py MODEL_DIRECTORY SERVE_PORT DASHBOARD_PORT
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def replica_nodes() -> set[str]:
     return {actor.node_id for actor in actors if "ModelReplica" in actor.class_name}
 
 
-def main(model: Path, port: int) -> None:
+def main(model: Path, port: int, dashboard_port: int) -> None:
     settings = Settings()
     settings.home.mkdir(parents=True, exist_ok=True)
     data = settings.home / "rows.jsonl"
@@ -82,7 +82,8 @@ def main(model: Path, port: int) -> None:
 
     import ray
 
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True, "dashboard_host": "127.0.0.1"})
+    dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": dashboard_port}
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **dashboard})
     try:
         nodes.add_node(num_cpus=2)
         os.environ["RAY_ADDRESS"] = nodes.address
@@ -101,4 +102,4 @@ def main(model: Path, port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
