@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from r1ray.data.records import RawRow
+from r1ray.data.arrays import MEND, array_rows
+from r1ray.data.lines import BOM, LONGEST_ROW_BYTES, MIB, TOO_LONG, decode, text_lines
+from r1ray.data.records import RawRow, raw_row
 from r1ray.errors import InvalidValue, NothingToTrain, UnknownFormat, WrongEncoding
 
 __all__ = ["data_files", "rows_of"]
 
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-_BOM = b"\xef\xbb\xbf"
 _HEAD_BYTES = 4096
 _BATCH_ROWS = 1024
+_LARGEST_TREE_BYTES = 1024 * MIB  # a JSON object that holds all rows has to be read whole
 
-csv.field_size_limit(64 * 1024 * 1024)  # a dialogue pasted into one cell may exceed the default 128 KiB
+csv.field_size_limit(LONGEST_ROW_BYTES)  # a dialogue pasted into one cell may exceed the default 128 KiB
 
 
 def data_files(path: Path) -> list[Path]:
@@ -56,17 +57,17 @@ def rows_of(path: Path) -> Iterator[RawRow]:
     """
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
-    if not head.removeprefix(_BOM).strip():
+    if not head.removeprefix(BOM).strip():
         raise NothingToTrain(f"{path} is empty. Set data.path to a file with at least one dialogue.")
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise WrongEncoding(f"{path} is UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8 {path.name}.")
-    start = head.removeprefix(_BOM).lstrip()[:1]
+    start = head.removeprefix(BOM).lstrip()[:1]
     if head.startswith(b"PAR1"):
         return _parquet(path)
     if start == b"[":
-        return _array(path)
+        return array_rows(path)
     if start == b"{":
-        return _lines(path) if _holds_lines(path) else _array(path)
+        return _lines(path) if _holds_lines(path) else _tree(path)
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         return _lines(path)
     if path.suffix.lower() in (".csv", ".tsv", ".txt"):
@@ -79,9 +80,9 @@ def _holds_lines(path: Path) -> bool:
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         return True
     with path.open("rb") as file:
-        lines = (line for _, line in _text_lines(file, path) if line.strip())
+        lines = (line for _, line in text_lines(file, path) if line is None or line.strip())
         try:
-            json.loads(next(lines))
+            json.loads(next(lines) or "")
         except ValueError:
             return False
         return next(lines, None) is not None
@@ -89,30 +90,39 @@ def _holds_lines(path: Path) -> bool:
 
 def _lines(path: Path) -> Iterator[RawRow]:
     with path.open("rb") as file:
-        for number, line in _text_lines(file, path):
+        for number, line in text_lines(file, path):
+            if line is None:
+                yield RawRow(file=str(path), row=number, values={}, problem=f"a line of {TOO_LONG}")
+                continue
             if not line.strip():
                 continue
             try:
-                yield _raw(path, number, json.loads(line))
+                yield raw_row(path, number, json.loads(line))
             except (ValueError, RecursionError) as error:
                 yield RawRow(file=str(path), row=number, values={}, problem=f"no JSON: {error}")
 
 
-def _array(path: Path) -> Iterator[RawRow]:
+def _tree(path: Path) -> Iterator[RawRow]:
+    """A single object, or the list in its `data`: read whole."""
+    size = path.stat().st_size
+    if size > _LARGEST_TREE_BYTES:
+        raise UnknownFormat(
+            f"{path} is one JSON object of {size / MIB:.0f} MiB, over the {_LARGEST_TREE_BYTES // MIB} MiB that are read whole. "
+            "Export JSON Lines or an array of rows, which are streamed."
+        )
     try:
-        tree = json.loads(_decode(path.read_bytes().removeprefix(_BOM), path))
+        tree = json.loads(decode(path.read_bytes().removeprefix(BOM), path))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise UnknownFormat(f"{path} is no complete JSON: {error}. Mend it, or export JSON Lines, where one bad row costs one.") from error
-    if isinstance(tree, dict):
-        tree = tree["data"] if isinstance(tree.get("data"), list) else [tree]
-    for position, value in enumerate(tree, start=1):
-        yield _raw(path, position, value)
+        raise UnknownFormat(f"{path} is no complete JSON: {error}. {MEND}") from error
+    rows = tree["data"] if isinstance(tree, dict) and isinstance(tree.get("data"), list) else [tree]
+    for position, value in enumerate(rows, start=1):
+        yield raw_row(path, position, value)
 
 
 def _table(path: Path) -> Iterator[RawRow]:
     """CSV rows; the header is spreadsheet row 1. Blank rows are skipped as spreadsheets do."""
     with path.open("rb") as file:
-        lines = _Counted(_text_lines(file, path))
+        lines = _Counted(text_lines(file, path), path)
         first = next(lines)
         reader = csv.reader(_chained(first, lines), delimiter=_delimiter(first), strict=True)
         header = [name.strip() for name in next(reader)]
@@ -160,55 +170,24 @@ def _parquet(path: Path) -> Iterator[RawRow]:
         raise UnknownFormat(f"{path} is a broken Parquet file: {error}. Write it again.") from error
 
 
-def _raw(path: Path, row: int, value: object) -> RawRow:
-    if isinstance(value, Mapping):
-        values: Mapping[str, Any] = value
-        return RawRow(file=str(path), row=row, values=values)
-    return RawRow(file=str(path), row=row, values={}, problem=f"a JSON {type(value).__name__}, not an object")
-
-
 class _Counted(Iterator[str]):
     """Lines with their count so far: a csv reader's own count restarts nowhere but is wrong after an error."""
 
-    def __init__(self, numbered: Iterator[tuple[int, str]]) -> None:
+    def __init__(self, numbered: Iterator[tuple[int, str | None]], path: Path) -> None:
         self._numbered = numbered
+        self._path = path
         self.count = 0
 
     def __next__(self) -> str:
         self.count, line = next(self._numbered)
+        if line is None:  # nothing says where the next row begins
+            raise UnknownFormat(f"{self._path}: line {self.count} has {TOO_LONG}. Is a quote or a line break missing there?")
         return line
 
 
 def _chained(first: str, rest: Iterator[str]) -> Iterator[str]:
     yield first
     yield from rest
-
-
-def _text_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(file, start=1):
-        yield number, _decode(line.removeprefix(_BOM) if number == 1 else line, path, number)
-
-
-def _decode(data: bytes, path: Path, row: int | None = None) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = f"line {row}" if row is not None else f"byte {error.start}"
-        guess = _guess(path)
-        advice = f"Convert it: iconv -f {guess} -t UTF-8 {path.name}." if guess else "Export it as UTF-8."
-        kind = f"it reads as {guess}" if guess else "its encoding is unknown"
-        raise WrongEncoding(f"{path} is not UTF-8 (byte 0x{data[error.start]:02x} in {where}); {kind}. {advice}") from error
-
-
-def _guess(path: Path) -> str | None:
-    """GBK when the whole file decodes as it and shows Chinese characters; a Latin-1 file decodes as GBK by chance only."""
-    try:
-        text = path.read_bytes().decode("gb18030")
-    except UnicodeDecodeError:
-        return None
-    wide = [c for c in text if ord(c) > 127]
-    chinese = sum("\u4e00" <= c <= "\u9fff" or c in "，。？！：；“”、（）" for c in wide)
-    return "GBK" if wide and chinese >= 0.9 * len(wide) else None
 
 
 def _delimiter(header: str) -> str:

@@ -2,6 +2,8 @@
 
 loaded = read_conversations(DataConfig(path="dialogues.jsonl"))
 loaded.conversations, loaded.rejects, loaded.data_hash
+
+`stream` gives the same rows one by one, for sets that are larger than the memory.
 """
 
 from __future__ import annotations
@@ -16,17 +18,18 @@ from pathlib import Path
 from r1ray.data.config import DataConfig, Format
 from r1ray.data.files import data_files, rows_of
 from r1ray.data.formats import Parser, detect, parser
-from r1ray.data.records import BadRow, Loaded, RawRow, Reject
+from r1ray.data.records import BadRow, Loaded, RawRow, ReadRow, Reject
 from r1ray.data.schema import content_id, data_hash
 from r1ray.data.turns import check_order, repair
 from r1ray.data.write import write_rejects
 from r1ray.errors import NothingToTrain, TooManyBadRows, UnknownFormat
 from r1ray.settings import Settings
-from r1ray.types import Conversation
+from r1ray.types import Conversation, Message
 
-__all__ = ["Loaded", "Reject", "read_conversations"]
+__all__ = ["Loaded", "Reject", "read_conversations", "stream"]
 
 _PEEKED_ROWS = 20
+_ROW_BITS = 40
 _log = logging.getLogger(__name__)
 
 
@@ -53,27 +56,40 @@ def read_conversations(config: DataConfig) -> Loaded:
     )
 
 
+def stream(config: DataConfig) -> Iterator[ReadRow]:
+    """Every row of `config.path` in order, each with its dialogue or the reason why it holds none; no share of bad rows is too much.
+
+    Raises:
+        InvalidValue, NothingToTrain, UnknownFormat, WrongEncoding, MissingColumn: a file as a whole cannot be read.
+    """
+    ids = _Ids()
+    for path in data_files(Settings().locate(config.path)):
+        _, rows, parse = _opened(path, config)
+        for raw in rows:
+            yield _read(raw, parse, config, ids)
+
+
 class _Reading:
-    """What has been read so far; ids are unique over all files of a set."""
+    """What has been read so far."""
 
     def __init__(self, config: DataConfig) -> None:
         self._config = config
-        self._places: dict[str, str] = {}
-        self._num_equal: Counter[str] = Counter()
+        self._ids = _Ids()
         self.conversations: list[Conversation] = []
         self.rejects: list[Reject] = []
         self.formats: set[Format] = set()
         self.num_rows = 0
 
     def read(self, path: Path) -> None:
-        rows = rows_of(path)
-        peeked = list(itertools.islice(rows, _PEEKED_ROWS))
-        columns = _columns(peeked, path)
-        name = detect(columns, self._config, str(path))
+        name, rows, parse = _opened(path, self._config)
         self.formats.add(name)
-        if self._config.format == "auto":
-            _log.info("%s: format %s, because of its columns %s", path, name, ", ".join(columns[:8]))
-        self._parse(itertools.chain(peeked, rows), parser(name, columns, self._config))
+        for raw in rows:
+            self.num_rows += 1
+            row = _read(raw, parse, self._config, self._ids)
+            if row.conversation is not None:
+                self.conversations.append(row.conversation)
+            else:
+                self.rejects.append(Reject(file=raw.file, row=raw.row, reason=row.reason))
 
     def check(self) -> None:
         num_bad = len(self.rejects)
@@ -89,35 +105,59 @@ class _Reading:
         if num_bad:
             _log.warning("%d of %d rows left out as invalid, the first: %s. %s", num_bad, self.num_rows, shown, report)
 
-    def _parse(self, rows: Iterator[RawRow], parse: Parser) -> None:
-        for raw in rows:
-            self.num_rows += 1
-            try:
-                self.conversations.append(self._conversation(raw, parse))
-            except BadRow as bad:
-                self.rejects.append(Reject(file=raw.file, row=raw.row, reason=str(bad)))
 
-    def _conversation(self, raw: RawRow, parse: Parser) -> Conversation:
-        if raw.problem is not None:
-            raise BadRow(raw.problem)
-        given, turns = parse(raw.values)
-        messages = tuple(repair(turns) if self._config.role_order == "repair" else turns)
-        check_order(messages)
-        stored = raw.values.get("source") if "utterances" in raw.values else None  # our own schema keeps the first place
-        place = f"{raw.file}:{raw.row}"
-        name = self._unique(given, content_id(messages), place)
-        return Conversation(id=name, messages=messages, source=stored if isinstance(stored, str) and stored else place)
+class _Ids:
+    """Ids are unique over all files of a set. Only their hashes are kept: two words a row."""
 
-    def _unique(self, given: str | None, derived: str, place: str) -> str:
+    def __init__(self) -> None:
+        self._files: list[str] = []
+        self._places: dict[int, int] = {}
+        self._num_equal: Counter[str] = Counter()
+
+    def unique(self, given: str | None, messages: tuple[Message, ...], raw: RawRow) -> str:
         """A given id must be new; equal rows without one are numbered `id#2`, so that `hold_out` keeps them together."""
-        if given is not None and given in self._places:
-            raise BadRow(f"conversation_id {given!r} was already used at {self._places[given]}")
-        name = given or derived
-        while name in self._places:
+        if given is not None and hash(given) in self._places:
+            raise BadRow(f"conversation_id {given!r} was already used at {self._place(given)}")
+        derived = name = given or content_id(messages)
+        while hash(name) in self._places:
             self._num_equal[derived] += 1
             name = f"{derived}#{self._num_equal[derived] + 1}"
-        self._places[name] = place
+        if not self._files or self._files[-1] != raw.file:
+            self._files.append(raw.file)
+        self._places[hash(name)] = (len(self._files) - 1) << _ROW_BITS | raw.row
         return name
+
+    def _place(self, name: str) -> str:
+        place = self._places[hash(name)]
+        return f"{self._files[place >> _ROW_BITS]}:{place & (1 << _ROW_BITS) - 1}"
+
+
+def _opened(path: Path, config: DataConfig) -> tuple[Format, Iterator[RawRow], Parser]:
+    rows = rows_of(path)
+    peeked = list(itertools.islice(rows, _PEEKED_ROWS))
+    columns = _columns(peeked, path)
+    name = detect(columns, config, str(path))
+    if config.format == "auto":
+        _log.info("%s: format %s, because of its columns %s", path, name, ", ".join(columns[:8]))
+    return name, itertools.chain(peeked, rows), parser(name, columns, config)
+
+
+def _read(raw: RawRow, parse: Parser, config: DataConfig, ids: _Ids) -> ReadRow:
+    try:
+        return ReadRow(raw=raw, conversation=_conversation(raw, parse, config, ids))
+    except BadRow as bad:
+        return ReadRow(raw=raw, reason=str(bad))
+
+
+def _conversation(raw: RawRow, parse: Parser, config: DataConfig, ids: _Ids) -> Conversation:
+    if raw.problem is not None:
+        raise BadRow(raw.problem)
+    given, turns = parse(raw.values)
+    messages = tuple(repair(turns) if config.role_order == "repair" else turns)
+    check_order(messages)
+    stored = raw.values.get("source") if "utterances" in raw.values else None  # our own schema keeps the first place
+    name = ids.unique(given, messages, raw)
+    return Conversation(id=name, messages=messages, source=stored if isinstance(stored, str) and stored else f"{raw.file}:{raw.row}")
 
 
 def _columns(rows: list[RawRow], path: Path) -> list[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from r1ray.data.config import Format
 from r1ray.types import Conversation
 
-__all__ = ["BadRow", "Loaded", "RawRow", "Reject"]
+__all__ = ["BadRow", "Loaded", "RawRow", "ReadRow", "Reject", "raw_row"]
 
 
 class BadRow(Exception):
@@ -26,6 +27,14 @@ class RawRow:
     problem: str | None = None
 
 
+def raw_row(path: Path, row: int, value: object) -> RawRow:
+    """A parsed JSON value as a row; anything but an object is the row's problem."""
+    if isinstance(value, Mapping):
+        values: Mapping[str, Any] = value
+        return RawRow(file=str(path), row=row, values=values)
+    return RawRow(file=str(path), row=row, values={}, problem=f"a JSON {type(value).__name__}, not an object")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reject:
     """A row that was left out. `row` is the line of a JSON Lines file, the spreadsheet row of a CSV file (the header is 1),
@@ -34,6 +43,15 @@ class Reject:
     file: str
     row: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadRow:
+    """A raw row with its dialogue, or with the `reason` why it holds none."""
+
+    raw: RawRow
+    conversation: Conversation | None = None
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
