@@ -1,0 +1,113 @@
+"""What the forward pass keeps for the backward pass: bytes per token, tensor by tensor as transformers' layers save them.
+
+Letters: D hidden, H heads, T the padded length, I the feed-forward width, `e` bytes per number. The softmax and the norms work in
+float32 whatever the weights are. Knows no GPUs and no ZeRO: activations are never split by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from r1ray.model.plan.adapter import Adapter
+from r1ray.model.plan.shape import ModelShape
+
+__all__ = ["Activations", "Attention", "Batch", "activations_of"]
+
+Attention = Literal["eager", "sdpa"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One forward pass of one worker: `size` dialogues padded to `length`; `num_supervised` positions carry loss."""
+
+    size: int
+    length: int
+    num_supervised: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.size * self.length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activations:
+    """Bytes on one worker. `kept` lasts through the forward pass, `working` is one layer's temporary, `logits` the output layer's."""
+
+    kept: float
+    working: float
+    logits: float
+
+    @property
+    def peak(self) -> float:
+        """The output layer is computed when everything is kept; a layer's backward pass afterwards."""
+        return self.kept + max(self.working, self.logits)
+
+
+def activations_of(
+    shape: ModelShape,
+    batch: Batch,
+    *,
+    adapter: Adapter | None,
+    attention: Attention,
+    checkpointing: bool,
+    bytes_per_value: float = 2,
+) -> Activations:
+    """For training all weights (`adapter` None) or an adapter."""
+    size = bytes_per_value
+    moe, dense = shape.num_moe_layers, shape.num_layers - shape.num_moe_layers
+    per_dense = _attention(shape, batch.length, adapter, attention, size) + _dense(shape, adapter, size)
+    per_moe = _attention(shape, batch.length, adapter, attention, size) + _experts(shape, adapter, size) if moe else 0.0
+    layers = dense * per_dense + moe * per_moe
+    widest = max(per_dense if dense else 0.0, per_moe)
+    working = _temporary(shape, batch.length, attention, size)
+    if checkpointing:
+        layers, working = shape.num_layers * shape.hidden * size, working + widest
+    logits = 2 * size * shape.vocab * batch.num_supervised  # and their gradient
+    final_norm = _norm(shape.hidden, adapter, size, feeds_trained=True)
+    return Activations(kept=(layers + final_norm) * batch.num_tokens, working=working * batch.num_tokens, logits=logits)
+
+
+def _norm(width: int, adapter: Adapter | None, size: float, *, feeds_trained: bool) -> float:
+    """Its float32 input; where the norm is trained the normalised value; the output where a trained layer multiplies it."""
+    scaled = size if adapter is None else 0.0
+    return width * (4 + scaled + (size if feeds_trained else 0.0))
+
+
+def _attention(shape: ModelShape, length: int, adapter: Adapter | None, attention: Attention, size: float) -> float:
+    queries, values = shape.num_heads * shape.key_dim, shape.num_heads * shape.value_dim
+    kept = _norm(shape.hidden, adapter, size, feeds_trained=True)
+    if shape.latent is not None:
+        ranks = shape.latent.kv_rank + (shape.latent.query_rank or 0)
+        kept += _norm(ranks, adapter, size, feeds_trained=True)
+    if shape.query_key_norm:
+        kept += _norm(queries + shape.num_kv_heads * shape.key_dim, adapter, size, feeds_trained=False)
+    if adapter is not None:
+        kept += adapter.num_targets * adapter.rank * size
+    if attention == "eager":  # keys and values repeated for every head, probabilities in float32 and as multiplied
+        return kept + size * (2 * queries + 2 * values) + shape.num_heads * length * (4 + size)
+    shared = shape.num_heads if shape.latent is not None else shape.num_kv_heads
+    return kept + size * (queries + shared * (shape.key_dim + shape.value_dim) + values) + 4 * shape.num_heads
+
+
+def _dense(shape: ModelShape, adapter: Adapter | None, size: float) -> float:
+    trained = adapter is None or adapter.adapts_mlp
+    kept = shape.intermediate * size * (4 if trained else 3)  # gate, its silu, up; the product where down_proj is trained
+    return _norm(shape.hidden, adapter, size, feeds_trained=trained) + kept
+
+
+def _experts(shape: ModelShape, adapter: Adapter | None, size: float) -> float:
+    """Each token's copies for its experts, and the shared ones; the router computes in float32."""
+    trained = adapter is None
+    copies = shape.experts_per_token
+    inside = (copies + shape.num_shared_experts) * shape.expert_intermediate * size * (4 if trained else 3)
+    moved = copies * shape.hidden * size * (2 if trained else 1)  # gathered inputs and weighted outputs
+    router = 4 * (shape.hidden + 2 * shape.num_experts) if trained else 8 * shape.num_experts
+    return _norm(shape.hidden, adapter, size, feeds_trained=trained) + inside + moved + router
+
+
+def _temporary(shape: ModelShape, length: int, attention: Attention, size: float) -> float:
+    """Of one layer's backward pass: gradients of the scores, of the feed-forward block and of the residual stream."""
+    scores = shape.num_heads * length * (8 + 2 * size) if attention == "eager" else 0.0
+    width = max(shape.intermediate, shape.expert_intermediate * max(1, shape.experts_per_token))
+    return scores + size * (3 * width + 4 * shape.hidden)

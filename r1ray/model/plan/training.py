@@ -1,0 +1,250 @@
+"""Fine-tuning on paper: memory per GPU, tokens per second, hours and money, before anything is started.
+
+Counts what DeepSpeed's ZeRO optimizer holds, as r1ray's trainer configures it (r1ray/train/zero.py). Memory is arithmetic and
+calibrated (docs/planning.md); time rests on the assumptions of gpus.yaml, which every result repeats. Asks no cluster.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from r1ray.config import Config
+from r1ray.model.plan.activations import Activations, Attention, Batch, activations_of
+from r1ray.model.plan.adapter import Adapter, adapter_of
+from r1ray.model.plan.hardware import GIB, Assumptions, Hardware, Pool
+from r1ray.model.plan.shape import ModelShape
+
+__all__ = ["Memory", "Speed", "TrainingPlan", "TrainingWish", "fewest", "plan_training", "relaxed"]
+
+BUCKET = 5e8  # DeepSpeed's reduce_bucket_size, in numbers
+LIVE = 1e9  # ZeRO-3 gathers at most this many weights at a time (stage3_max_live_parameters)
+MASTER_BYTES = 12  # float32 master weight and AdamW's two moments
+MOST_NODES = 512
+
+Bound = Literal["arithmetic", "network", "offloading"]
+
+
+class TrainingWish(Config):
+    """What is to be trained and how; the same words as in jobs/configs/finetune_*.yaml."""
+
+    method: Literal["full", "lora"] = Field(default="lora", description="All weights, or a LoRA adapter.")
+    rank: int = Field(default=16, ge=1, description="Rank of the adapter.")
+    targets: tuple[str, ...] | None = Field(default=None, description="Linear layers to adapt; null: the family's own.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(default=2, description="1 splits optimizer states, 2 gradients too, 3 weights too.")
+    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Weights and arithmetic; master weights stay float32.")
+    attention: Attention = Field(default="sdpa", description="eager keeps all attention probabilities, sdpa none.")
+    checkpointing: bool = Field(default=False, description="Compute activations twice to store less.")
+    offload: Literal["none", "optimizer", "all"] = Field(default="none", description="To the host: optimizer states, or weights too.")
+    micro_batch_size: int = Field(default=4, ge=1, description="Dialogues per forward pass of a GPU.")
+    accumulation: int = Field(default=1, ge=1, description="Forward passes per optimizer step.")
+    length: int = Field(default=1024, ge=1, description="Tokens of the longest dialogue in a pass.")
+    supervised_share: float = Field(default=1.0, gt=0, le=1, description="Share of the positions that carry loss.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError("offload all keeps the weights on the host, which only zero_stage 3 can fetch from; set zero_stage=3")
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("offload needs a ZeRO optimizer; set zero_stage to 1, 2 or 3")
+        if self.zero_stage == 0 and self.dtype == "bfloat16":
+            raise ValueError("zero_stage 0 with bfloat16 keeps no float32 master weights; set zero_stage=1 or dtype=float32")
+        return self
+
+    @property
+    def batch(self) -> Batch:
+        positions = self.micro_batch_size * self.length
+        return Batch(size=self.micro_batch_size, length=self.length, num_supervised=max(1, round(self.supervised_share * positions)))
+
+    @property
+    def bytes_per_value(self) -> int:
+        return 2 if self.dtype == "bfloat16" else 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes on the busiest GPU, and what offloading puts on its share of the host. `peak` is the larger of two moments."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buckets: float
+    step: float
+    """Float32 copy of the gradients that the optimizer works on, after the activations are gone."""
+    activations: Activations
+    overhead: float
+    host: float
+
+    @property
+    def peak(self) -> float:
+        lasting = self.weights + self.optimizer + self.overhead
+        backward = max(self.activations.peak, self.activations.kept + self.gradients)
+        return lasting + self.buckets + max(backward, self.gradients + self.step)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """Of one optimizer step over all GPUs."""
+
+    step_s: float
+    tokens_per_s: float
+    operations_per_token: float
+    utilisation: float
+    """The assumed MFU, before waiting for wires."""
+    bound: Bound
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingPlan:
+    """The answer: does it fit, how fast, what does it cost."""
+
+    wish: TrainingWish
+    pool: Pool
+    trainable: int
+    total: int
+    memory: Memory
+    speed: Speed
+
+    @property
+    def usable(self) -> float:
+        """Bytes that may be taken of one GPU."""
+        return self.pool.gpu.memory_gib * GIB * (1 - self.pool.gpu.headroom)
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.usable
+
+    def hours(self, num_tokens: float) -> float:
+        return num_tokens / self.speed.tokens_per_s / 3600
+
+    def money(self, num_tokens: float) -> float:
+        return self.hours(num_tokens) * self.pool.price_per_hour
+
+
+def plan_training(shape: ModelShape, wish: TrainingWish, pool: Pool, assumptions: Assumptions) -> TrainingPlan:
+    """One way of training on one pool of GPUs, as data-parallel workers, one per GPU."""
+    adapter = adapter_of(shape, rank=wish.rank, targets=wish.targets) if wish.method == "lora" else None
+    base = shape.parameters.total
+    trainable = adapter.parameters if adapter else base
+    total = base + (adapter.parameters if adapter else 0)
+    return TrainingPlan(
+        wish=wish,
+        pool=pool,
+        trainable=trainable,
+        total=total,
+        memory=_memory(shape, wish, pool, adapter),
+        speed=_speed(shape, wish, pool, trainable, assumptions),
+    )
+
+
+def fewest(shape: ModelShape, wish: TrainingWish, name: str, hardware: Hardware) -> TrainingPlan | None:
+    """The smallest pool of a type that the job fits into: part of a node, then whole nodes; None when splitting further is no help."""
+    per_node = hardware.gpus[name].gpus_per_node
+    inside = [num for num in (1, 2, 4, 8, 16) if num < per_node]
+    for num in (*inside, *(per_node * nodes for nodes in range(1, MOST_NODES + 1))):
+        plan = plan_training(shape, wish, hardware.pool(f"{num}x{name}"), hardware.assumptions)
+        if plan.fits:
+            return plan
+    return None
+
+
+def _memory(shape: ModelShape, wish: TrainingWish, pool: Pool, adapter: Adapter | None) -> Memory:
+    size, num, stage = wish.bytes_per_value, pool.num, wish.zero_stage
+    base = shape.parameters.total
+    trainable = adapter.parameters if adapter else base
+    total = base + (adapter.parameters if adapter else 0)
+    share = 1 / num if stage >= 1 else 1.0
+    weights = total * size / (num if stage == 3 else 1)
+    gradients = trainable * size / (num if stage >= 2 else 1)
+    # ZeRO-0 in float32 needs no master copy; the stages above keep one whatever the dtype.
+    optimizer = trainable * (MASTER_BYTES if stage else 8) * share
+    step = trainable * 4 * share if stage else 0.0
+    buckets = min(trainable, BUCKET) * size if stage else 0.0
+    if stage == 3 and num > 1:
+        buckets += min(total, LIVE) * size
+    host = 0.0
+    if wish.offload != "none":
+        host, optimizer, step, gradients = optimizer + gradients + step, 0.0, 0.0, 0.0
+    if wish.offload == "all":
+        host, weights = host + weights, 0.0
+        buckets += min(total, LIVE) * size if num == 1 else 0.0
+    activations = activations_of(
+        shape, wish.batch, adapter=adapter, attention=wish.attention, checkpointing=wish.checkpointing, bytes_per_value=size
+    )
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        buckets=buckets,
+        step=step,
+        activations=activations,
+        overhead=pool.gpu.overhead_gib * GIB,
+        host=host,
+    )
+
+
+def _speed(shape: ModelShape, wish: TrainingWish, pool: Pool, trainable: int, assumptions: Assumptions) -> Speed:
+    operations = _operations(shape, wish, trainable)
+    utilisation = assumptions.mfu_lora if wish.method == "lora" else assumptions.mfu_full
+    if shape.num_experts:
+        utilisation = min(utilisation, assumptions.mfu_experts)
+    rate = pool.gpu.bf16_tflops * 1e12 * utilisation / (1 if wish.dtype == "bfloat16" else 2)
+    tokens = wish.accumulation * wish.batch.num_tokens
+    arithmetic = tokens * operations / rate
+    network = _traffic(shape, wish, pool.num, trainable) / (pool.collective_gbs * 1e9)
+    offloading = _offloading(shape, wish, pool.num, trainable, assumptions)
+    times: dict[Bound, float] = {"arithmetic": arithmetic, "network": network, "offloading": arithmetic + offloading}
+    bound = max(times, key=lambda name: times[name]) if offloading else ("network" if network > arithmetic else "arithmetic")
+    step = max(times.values())
+    return Speed(step_s=step, tokens_per_s=tokens * pool.num / step, operations_per_token=operations, utilisation=utilisation, bound=bound)
+
+
+def _operations(shape: ModelShape, wish: TrainingWish, trainable: int) -> float:
+    """Per token: forward, gradients of inputs, gradients of the trained weights, and the second forward pass of checkpointing."""
+    attended = wish.length if wish.attention == "eager" else wish.length / 2  # eager also computes what the causal mask hides
+    forward = shape.forward_operations(attended)
+    inputs = forward + shape.attention_operations(attended)
+    touched = shape.multiplied_parameters if wish.method == "full" else trainable
+    return forward + inputs + 2.0 * touched + (forward if wish.checkpointing else 0.0)
+
+
+def _traffic(shape: ModelShape, wish: TrainingWish, num: int, trainable: int) -> float:
+    """Bytes that each GPU sends in a step; hidden behind arithmetic as far as that lasts."""
+    size, ring = wish.bytes_per_value, (num - 1) / num
+    reduce = trainable * size * (2 if wish.zero_stage < 2 else 1)
+    if wish.zero_stage == 3:
+        gathered = shape.parameters.total * size * (3 if wish.checkpointing else 2)
+        return ring * wish.accumulation * (gathered + reduce)
+    passes = wish.accumulation if wish.zero_stage == 2 else 1  # ZeRO-2 keeps no whole gradient, so it reduces after every pass
+    update = trainable * size if wish.zero_stage else 0.0
+    return ring * (passes * reduce + update)
+
+
+def _offloading(shape: ModelShape, wish: TrainingWish, num: int, trainable: int, assumptions: Assumptions) -> float:
+    """Seconds per step, not hidden: gradients down, the host's AdamW, weights up."""
+    if wish.offload == "none":
+        return 0.0
+    mine = trainable / num
+    moved = 2 * mine * wish.bytes_per_value
+    if wish.offload == "all":
+        moved += wish.accumulation * 2 * shape.parameters.total / num * wish.bytes_per_value
+    return moved / (assumptions.pcie_gbs * 1e9) + mine * 28 / (assumptions.host_adam_gbs * 1e9)
+
+
+def relaxed(wish: TrainingWish) -> list[TrainingWish]:
+    """What to try when nothing fits, mildest first: checkpointing, ZeRO-3, single dialogues, offloading."""
+    steps: list[dict[str, object]] = [{"checkpointing": True}, {"zero_stage": 3}, {"micro_batch_size": 1}, {"offload": "optimizer"}]
+    wishes, current = [], wish
+    for step in steps:
+        changed = _changed(current, step)
+        if changed != current:
+            wishes.append(changed)
+            current = changed
+    return wishes
+
+
+def _changed(wish: TrainingWish, changes: dict[str, object]) -> TrainingWish:
+    """A validated copy."""
+    return TrainingWish.model_validate({**wish.model_dump(), **changes})
