@@ -1,0 +1,1 @@
+"""New rows out of kept ones, each with the operations that made it."""

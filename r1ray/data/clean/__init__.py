@@ -1,0 +1,1 @@
+"""What decides whether a row stays: rules, duplicates, contradictions, quality; and what is masked in it."""

@@ -1,0 +1,1 @@
+"""PDF, Word, HTML and Markdown to Markdown."""
