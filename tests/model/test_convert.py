@@ -90,6 +90,8 @@ def test_the_fast_way_gives_transformers_logits(tmp_path, tokenizer, monkeypatch
     assert ours.dtype == torch.bfloat16
     assert set(ours.state_dict()) == set(theirs.state_dict())
     assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (fast / name).read_bytes() == (slow / name).read_bytes()
 
 
 def test_tokens_and_template_survive(tmp_path, tokenizer):
