@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from r1ray.cli import plan
 from r1ray.errors import R1RayError
 
 __all__ = ["app"]
@@ -22,6 +23,7 @@ __all__ = ["app"]
 HELP = "Look after models and the cluster, talk to a served model. Training, tuning and serving: ray job submit, serve run."
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=HELP, rich_markup_mode=None)
+app.add_typer(plan.app, name="plan")
 Reference = Annotated[str, typer.Argument(help="name, name@alias or name@version")]
 
 _SHOWN_METRICS = 6

@@ -64,7 +64,7 @@ def activations_of(
     if checkpointing:
         layers, working = shape.num_layers * shape.hidden * size, working + widest
     logits = 2 * size * shape.vocab * batch.num_supervised  # and their gradient
-    final_norm = _norm(shape.hidden, adapter, size, feeds_trained=True)
+    final_norm = _norm(shape.hidden, adapter, size, feeds_trained=adapter is None)
     return Activations(kept=(layers + final_norm) * batch.num_tokens, working=working * batch.num_tokens, logits=logits)
 
 

@@ -36,6 +36,8 @@ class Gpu(Config):
     gpus_per_node: int = Field(default=8, ge=1, description="Most of them in one node.")
     overhead_gib: float = Field(default=1.5, ge=0, description="Context, communication buffers, workspaces: taken before any weight.")
     headroom: float = Field(default=0.05, ge=0, lt=1, description="Share of the memory lost to fragmentation in training.")
+    is_gpu: bool = Field(default=True, description="False for main memory and processor: asked for by name only.")
+    reuses_freed: bool = Field(default=True, description="Whether the allocator serves gradients from the activations' freed memory.")
     price_per_hour: float = Field(ge=0, description="Per GPU and hour.")
 
 
@@ -48,6 +50,7 @@ class Assumptions(Config):
     prefill_efficiency: float = Field(gt=0, le=1, description="Share of the arithmetic reached when reading prompts.")
     bandwidth_efficiency: float = Field(gt=0, le=1, description="Share of the memory bandwidth reached when decoding.")
     all_reduce_us: float = Field(ge=0, description="Latency of one all-reduce inside a node.")
+    expert_layer_us: float = Field(ge=0, description="Routing and small products of one decoding layer with experts.")
     hop_us: float = Field(ge=0, description="Latency between pipeline stages.")
     step_us: float = Field(ge=0, description="Scheduling and sampling of one engine step.")
     host_adam_gbs: float = Field(gt=0, description="Host memory bandwidth per GPU for an offloaded optimizer.")

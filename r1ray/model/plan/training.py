@@ -17,7 +17,7 @@ from r1ray.model.plan.adapter import Adapter, adapter_of
 from r1ray.model.plan.hardware import GIB, Assumptions, Hardware, Pool
 from r1ray.model.plan.shape import ModelShape
 
-__all__ = ["Memory", "Speed", "TrainingPlan", "TrainingWish", "fewest", "plan_training", "relaxed"]
+__all__ = ["Memory", "Speed", "TrainingPlan", "TrainingWish", "cheapest_first", "fewest", "plan_training", "relaxed"]
 
 BUCKET = 5e8  # DeepSpeed's reduce_bucket_size, in numbers
 LIVE = 1e9  # ZeRO-3 gathers at most this many weights at a time (stage3_max_live_parameters)
@@ -65,7 +65,7 @@ class TrainingWish(Config):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes on the busiest GPU, and what offloading puts on its share of the host. `peak` is the larger of two moments."""
+    """Bytes on the busiest GPU, and what offloading puts on its share of the host."""
 
     weights: float
     gradients: float
@@ -76,10 +76,14 @@ class Memory:
     activations: Activations
     overhead: float
     host: float
+    reuses_freed: bool
 
     @property
     def peak(self) -> float:
+        """At the end of the forward pass, or in the optimizer's step when that needs more."""
         lasting = self.weights + self.optimizer + self.overhead
+        if not self.reuses_freed:
+            return lasting + self.buckets + self.activations.peak + self.gradients + self.step
         backward = max(self.activations.peak, self.activations.kept + self.gradients)
         return lasting + self.buckets + max(backward, self.gradients + self.step)
 
@@ -150,6 +154,12 @@ def fewest(shape: ModelShape, wish: TrainingWish, name: str, hardware: Hardware)
     return None
 
 
+def cheapest_first(shape: ModelShape, wish: TrainingWish, hardware: Hardware, num_tokens: float) -> list[TrainingPlan]:
+    """`fewest` of every GPU type that can hold the job at all, by money."""
+    plans = [fewest(shape, wish, name, hardware) for name, gpu in hardware.gpus.items() if gpu.is_gpu]
+    return sorted((plan for plan in plans if plan is not None), key=lambda plan: plan.money(num_tokens))
+
+
 def _memory(shape: ModelShape, wish: TrainingWish, pool: Pool, adapter: Adapter | None) -> Memory:
     size, num, stage = wish.bytes_per_value, pool.num, wish.zero_stage
     base = shape.parameters.total
@@ -182,6 +192,7 @@ def _memory(shape: ModelShape, wish: TrainingWish, pool: Pool, adapter: Adapter 
         activations=activations,
         overhead=pool.gpu.overhead_gib * GIB,
         host=host,
+        reuses_freed=pool.gpu.reuses_freed,
     )
 
 

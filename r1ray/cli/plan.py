@@ -1,0 +1,301 @@
+"""`r1ray plan`: what training and serving need and cost, before anything is paid.
+
+Parses, asks r1ray.model.plan and r1ray.engine.simulate, prints tables or JSON. Touches a cluster only with `--cluster`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from r1ray.cli import plan_tables
+from r1ray.config import Config
+from r1ray.errors import ClusterTooSmall, InvalidValue, R1RayError
+
+if TYPE_CHECKING:
+    from r1ray.engine.simulate import Limits, Outcome, StepCost, Trace
+    from r1ray.model.plan.serving import Replica
+    from r1ray.model.plan.training import TrainingPlan
+
+__all__ = ["app"]
+
+HELP = "Memory, speed and money of training and serving, from a model's config alone."
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=HELP, rich_markup_mode=None)
+
+Model = Annotated[str, typer.Option(help="r1, r1-distill-qwen-7b, ... (r1ray plan models), or a directory with a config.json.")]
+GpuFile = Annotated[Path | None, typer.Option(help="YAML that overlays r1ray's GPU data and prices; else gpus.yaml in r1ray's home.")]
+PerNode = Annotated[int | None, typer.Option(help="GPUs that share a node; the type's largest node when absent.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+OnCluster = Annotated[bool, typer.Option("--cluster", help="Check against the running Ray cluster; exit code 1 when it can never fit.")]
+PIPE_WIDTH = 150
+W = TypeVar("W", bound=Config)
+
+
+def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A subcommand whose R1RayError is one line on stderr and exit code 1."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except R1RayError as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr)
+                raise typer.Exit(1) from error
+
+        app.command(name)(guarded)
+        return function
+
+    return register
+
+
+@command("models")
+def models() -> None:
+    """The models whose configs ship with r1ray, their sizes and cache."""
+    from r1ray.model.plan.catalog import find, names
+
+    _console().print(plan_tables.models([find(name) for name in names()]))
+
+
+@command("gpus")
+def gpus(
+    gpu_file: GpuFile = None,
+    write: Annotated[Path | None, typer.Option(help="Copy r1ray's own file there, to be edited.")] = None,
+) -> None:
+    """GPU data, prices and assumptions in force."""
+    from r1ray.model.plan.hardware import SHIPPED, load_hardware
+
+    if write is not None:
+        if write.exists():
+            raise InvalidValue(f"{write} exists already. Edit it, or choose another file.")
+        write.parent.mkdir(parents=True, exist_ok=True)
+        write.write_text(SHIPPED.read_text(encoding="utf-8"), encoding="utf-8")
+    hardware = load_hardware(gpu_file)
+    _console().print(plan_tables.gpus(hardware))
+    _console().print(plan_tables.assumptions(hardware.assumptions), style="dim")
+
+
+@command("train")
+def train(  # noqa: PLR0913 - one parameter per option
+    *,
+    model: Model,
+    method: Annotated[str, typer.Option(help="full or lora")] = "lora",
+    gpus: Annotated[str | None, typer.Option(help="e.g. 8xh100; when absent, the fewest GPUs of every type.")] = None,
+    zero_stage: Annotated[int, typer.Option(help="DeepSpeed ZeRO stage, 0-3.")] = 2,
+    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
+    micro_batch_size: Annotated[int, typer.Option(help="Dialogues per forward pass of a GPU.")] = 4,
+    accumulation: Annotated[int, typer.Option(help="Forward passes per optimizer step.")] = 1,
+    length: Annotated[int, typer.Option(help="Tokens of the longest dialogue.")] = 1024,
+    supervised_share: Annotated[float, typer.Option(help="Share of the tokens that carry loss.")] = 1.0,
+    checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing.")] = False,
+    offload: Annotated[str, typer.Option(help="To the host: none, optimizer or all.")] = "none",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    attention: Annotated[str, typer.Option(help="sdpa or eager.")] = "sdpa",
+    tokens: Annotated[str, typer.Option(help="Tokens to train on, epochs included: 500k, 100M, 2B.")] = "100M",
+    per_node: PerNode = None,
+    gpu_file: GpuFile = None,
+    cluster: OnCluster = False,
+    as_json: AsJson = False,
+) -> None:
+    """Memory per GPU, tokens per second, hours and money of a fine-tuning job."""
+    from r1ray.model.plan.catalog import find
+    from r1ray.model.plan.hardware import load_hardware
+    from r1ray.model.plan.training import TrainingWish, cheapest_first, plan_training, relaxed
+
+    wish = _checked(
+        TrainingWish,
+        method=method,
+        zero_stage=zero_stage,
+        rank=rank,
+        micro_batch_size=micro_batch_size,
+        accumulation=accumulation,
+        length=length,
+        supervised_share=supervised_share,
+        checkpointing=checkpointing,
+        offload=offload,
+        dtype=dtype,
+        attention=attention,
+    )
+    found, hardware, count = find(model), load_hardware(gpu_file), _count(tokens)
+    wanted = plan_training(found.shape, wish, hardware.pool(gpus, per_node), hardware.assumptions) if gpus else None
+    others = cheapest_first(found.shape, wish, hardware, count)
+    remedies: list[TrainingPlan] = []
+    if wanted and not wanted.fits:
+        remedies = [plan_training(found.shape, each, wanted.pool, hardware.assumptions) for each in relaxed(wish)]
+    if as_json:
+        print(json.dumps(plan_tables.training_json(found.name, wanted, others, count, hardware), indent=1))
+    else:
+        console = _console()
+        for part in plan_tables.training(found, wanted, others, remedies, count, hardware):
+            console.print(part)
+    if cluster:
+        _check_training(wanted or (others[0] if others else None))
+    if wanted and not wanted.fits:
+        raise typer.Exit(1)
+
+
+@command("serve")
+def serve(  # noqa: PLR0913 - one parameter per option
+    *,
+    model: Model,
+    gpus: Annotated[str, typer.Option(help="e.g. 8xh100")],
+    context: Annotated[int, typer.Option(help="Prompt and answer of a request in tokens.")] = 4096,
+    prompt: Annotated[str, typer.Option(help="Prompt tokens: 1024; with --simulate also 256-2048 or ~1024 (log-normal).")] = "1024",
+    answer: Annotated[str, typer.Option(help="Answer tokens, for --simulate; same forms.")] = "~300",
+    streams: Annotated[int, typer.Option(help="Requests that one replica must hold together.")] = 8,
+    weights: Annotated[str, typer.Option(help="auto, bfloat16, fp8, int8 or int4")] = "auto",
+    cache: Annotated[str, typer.Option(help="KV cache: bfloat16 or fp8")] = "bfloat16",
+    tpot_ms: Annotated[float, typer.Option(help="Longest acceptable time between two tokens of a stream.")] = 100.0,
+    tensor_parallel: Annotated[int | None, typer.Option(help="Fix the degree.")] = None,
+    stages: Annotated[int | None, typer.Option(help="Fix the number of pipeline stages.")] = None,
+    engine: Annotated[str, typer.Option(help="auto, torch, pipeline or vllm")] = "auto",
+    simulate: Annotated[bool, typer.Option("--simulate", help="Play requests against one replica.")] = False,
+    rate: Annotated[float, typer.Option(help="Requests per second on one replica, for --simulate.")] = 1.0,
+    requests: Annotated[int, typer.Option(help="How many, for --simulate.")] = 2000,
+    trace: Annotated[Path | None, typer.Option(help="CSV of arrival_s,prompt_tokens,answer_tokens in place of --rate.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the arrivals and lengths.")] = 0,
+    per_node: PerNode = None,
+    gpu_file: GpuFile = None,
+    cluster: OnCluster = False,
+    as_json: AsJson = False,
+) -> None:
+    """How a model lies on GPUs, what its cache holds, how fast it answers; the lines for serve_config.yaml."""
+    from r1ray.model.plan.catalog import find
+    from r1ray.model.plan.fragment import fragment
+    from r1ray.model.plan.hardware import load_hardware
+    from r1ray.model.plan.serving import ServingWish, choose, layouts
+
+    if engine not in ("auto", "torch", "pipeline", "vllm"):
+        raise InvalidValue(f"--engine {engine!r} is unknown. Use auto, torch, pipeline or vllm.")
+    wish = _checked(
+        ServingWish,
+        context=context,
+        prompt=_median(prompt),
+        streams=streams,
+        weights=weights,
+        cache=cache,
+        tpot_ms=tpot_ms,
+        tensor_parallel=tensor_parallel,
+        stages=stages,
+    )
+    found, hardware = find(model), load_hardware(gpu_file)
+    pool = hardware.pool(gpus, per_node)
+    replica = choose(found.shape, pool, wish, hardware.assumptions)
+    others = layouts(found.shape, pool, wish, hardware.assumptions)
+    text = fragment(found.name, replica, engine)  # type: ignore[arg-type]
+    outcome = None
+    if simulate:
+        from r1ray.engine.simulate import poisson, read_trace
+
+        played = read_trace(trace) if trace else poisson(rate=rate, num=requests, prompt=prompt, answer=answer, seed=seed)
+        outcome = _simulated(replica, played)
+    if as_json:
+        print(json.dumps(plan_tables.serving_json(found.name, replica, text, outcome), indent=1))
+    else:
+        console = _console()
+        for part in plan_tables.serving(found, replica, others, hardware, outcome):
+            console.print(part)
+        print(text, end="")
+    if cluster:
+        _check_serving(found.name, replica, engine)
+
+
+def step_cost(replica: Replica) -> StepCost:
+    """The simulator's straight lines through what the replica's bandwidth and arithmetic say, up to its slots."""
+    from r1ray.engine.simulate import Sample, fit
+
+    most, context = max(1, replica.most_streams), replica.wish.context
+    rows = sorted({1, *(max(1, most * part // 8) for part in range(1, 9))})
+    samples = [
+        Sample(seconds=replica.decode_s(num, tokens), rows=num, context_tokens=num * tokens)
+        for num in rows
+        for tokens in (max(1, context // 8), context // 2 + 1, context)
+    ]
+    # Pieces of a prompt follow each other through the stages, so a step pays for the slowest stage only.
+    chunk = 256
+    alone = replica.decode_s(1, 1)
+    extra = max(0.0, replica.prefill_s(9 * chunk) - replica.prefill_s(chunk)) / 8 / replica.layout.stages
+    samples += [
+        Sample(seconds=num * (alone + extra), steps=num, rows=num, context_tokens=num, prefill_tokens=num * chunk) for num in (1, 2, 4, 8)
+    ]
+    return fit(samples)
+
+
+def limits(replica: Replica) -> Limits:
+    from r1ray.engine.simulate import Limits
+
+    return Limits(num_slots=max(1, replica.most_streams), cache_tokens=replica.cache_tokens)
+
+
+def _simulated(replica: Replica, trace: Trace) -> Outcome:
+    from r1ray.engine.simulate import simulate
+
+    return simulate(trace, step_cost(replica), limits(replica))
+
+
+def _check_training(plan: TrainingPlan | None) -> None:
+    from r1ray import cluster
+
+    if plan is None:
+        raise ClusterTooSmall("No GPU type holds this job. Lower --micro-batch-size or --length, or set --zero-stage 3 --checkpointing.")
+    found = cluster.connect()
+    bundle = {"CPU": 1.0, "GPU": 1.0} if plan.pool.gpu.is_gpu else {"CPU": 1.0}
+    num = cluster.num_placeable(found, bundle)
+    if num < plan.pool.num:
+        raise ClusterTooSmall(
+            f"The plan wants {plan.pool.num} workers of {plan.pool.name}; this cluster can ever hold {num}. "
+            f"Plan with --gpus {max(1, num)}x{plan.pool.name}, or add nodes in cluster.yaml."
+        )
+    _console().print(f"The cluster at {found.address} holds {num} workers; the plan wants {plan.pool.num}.")
+
+
+def _check_serving(name: str, replica: Replica, engine: str) -> None:
+    from r1ray import cluster
+
+    found = cluster.connect()
+    wanted = replica.bundles(single=engine == "vllm")
+    strategy = "PACK" if engine == "vllm" else replica.strategy
+    cluster.check_placement(found, wanted, strategy=strategy, wanted_by=f"serving {name}")
+    _console().print(f"The cluster at {found.address} can place one replica: {len(wanted)} bundles, {strategy}.")
+
+
+def _checked(schema: type[W], **values: Any) -> W:
+    try:
+        return schema(**values)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'options'}: {p['msg']}" for p in error.errors(include_url=False))
+        raise InvalidValue(f"{problems}. See r1ray plan --help.") from error
+
+
+def _count(text: str) -> float:
+    scale = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}.get(text[-1:].lower())
+    try:
+        count = float(text[:-1]) * scale if scale else float(text)
+    except ValueError as error:
+        raise InvalidValue(f"--tokens {text!r} is no number. Write 500k, 100M or 2B.") from error
+    if count <= 0:
+        raise InvalidValue(f"--tokens {text} must be above 0. Give the tokens of all epochs.")
+    return count
+
+
+def _median(text: str) -> int:
+    """The middle of a length as `--prompt` writes it."""
+    low, _, high = text.removeprefix("~").partition("-")
+    try:
+        return (int(low) + int(high or low)) // 2
+    except ValueError as error:
+        raise InvalidValue(f"{text!r} is no length. Write 512, 128-1024 or ~512.") from error
+
+
+def _console() -> Console:
+    """As wide as the terminal; a pipe gets whole lines."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PIPE_WIDTH)

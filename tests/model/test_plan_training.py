@@ -1,0 +1,196 @@
+"""Planned training memory against what torch really keeps, ZeRO's arithmetic, and the table of GPUs and prices."""
+
+from __future__ import annotations
+
+import pytest
+
+from r1ray.errors import InvalidValue
+from r1ray.model.plan.activations import Batch, activations_of
+from r1ray.model.plan.adapter import adapter_of, projections
+from r1ray.model.plan.catalog import find, names
+from r1ray.model.plan.hardware import GIB, SHIPPED, load_hardware
+from r1ray.model.plan.shape import shape_of
+from r1ray.model.plan.training import TrainingWish, cheapest_first, fewest, plan_training, relaxed
+from r1ray.settings import Settings
+
+SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 6, "num_attention_heads": 8, "vocab_size": 101}
+LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "q_lora_rank": 40, "num_key_value_heads": 8}
+EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 2, "n_group": 1, "topk_group": 1}
+CONFIGS = {
+    "llama": {"model_type": "llama", "num_key_value_heads": 2},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 4},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 4, "head_dim": 16},
+    "deepseek_v3": {"model_type": "deepseek_v3", "moe_intermediate_size": 48, "n_shared_experts": 1, **LATENT, **EXPERTS},
+}
+
+
+@pytest.fixture
+def hardware(tmp_path):
+    return load_hardware(settings=Settings(home=tmp_path))
+
+
+def bytes_kept(config, *, lora, attention, checkpointing, batch):
+    """What autograd holds on to after the forward pass of our trainer's loss, weights not counted."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from r1ray.model.adapters import lora as lora_config
+    from r1ray.model.family import Family
+    from r1ray.train.loss import add_supervised_loss
+
+    torch.manual_seed(0)
+    kept = {key: value for key, value in config.items() if key != "model_type"}
+    described = AutoConfig.for_model(config["model_type"], **kept)
+    model = AutoModelForCausalLM.from_config(described, dtype=torch.bfloat16, attn_implementation=attention).train()
+    add_supervised_loss(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora:
+        model.enable_input_require_grads()
+        family = Family(name=config["model_type"], lora_targets=tuple(projections(shape_of(config))))
+        model = get_peft_model(model, lora_config(family, rank=4), autocast_adapter_dtype=False)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    held = {}
+
+    def hold(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    ids = torch.randint(0, config["vocab_size"], (batch.size, batch.length))
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids, supervised=True)
+    return sum(size for size, _ in held.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "lora", "attention", "checkpointing"),
+    [
+        ("llama", False, "eager", False),
+        ("llama", True, "sdpa", False),
+        ("llama", True, "eager", True),
+        ("qwen2", False, "sdpa", False),
+        ("qwen3", True, "eager", False),
+        ("deepseek_v3", False, "eager", False),
+        ("deepseek_v3", True, "eager", False),
+    ],
+)
+def test_activations_are_what_autograd_keeps(family, lora, attention, checkpointing):
+    config = {"max_position_embeddings": 512, **SMALL, **CONFIGS[family]}
+    shape, batch = shape_of(config), Batch(size=3, length=96, num_supervised=3 * 95)
+    kept = bytes_kept(config, lora=lora, attention=attention, checkpointing=checkpointing, batch=batch)
+    planned = activations_of(
+        shape, batch, adapter=adapter_of(shape, rank=4) if lora else None, attention=attention, checkpointing=checkpointing
+    )
+    assert planned.kept + planned.logits / 2 == pytest.approx(kept, rel=0.02)  # of the logits only the gradient outlives the forward pass
+
+
+def plan(hardware, gpus="8xh100", name="r1-distill-qwen-7b", **wish):
+    return plan_training(find(name).shape, TrainingWish(**wish), hardware.pool(gpus), hardware.assumptions)
+
+
+def test_each_zero_stage_splits_one_thing_more(hardware):
+    stages = [plan(hardware, method="full", zero_stage=stage).memory for stage in (1, 2, 3)]
+    weights = find("r1-distill-qwen-7b").shape.parameters.total
+    assert {memory.optimizer for memory in stages} == {12 * weights / 8}
+    assert [memory.gradients for memory in stages] == [2 * weights, 2 * weights / 8, 2 * weights / 8]
+    assert [memory.weights for memory in stages] == [2 * weights, 2 * weights, 2 * weights / 8]
+
+
+def test_full_training_on_one_gpu_holds_sixteen_bytes_per_weight_beside_activations(hardware):
+    memory = plan(hardware, "1xh100", "r1-distill-qwen-1.5b", method="full").memory
+    weights = find("r1-distill-qwen-1.5b").shape.parameters.total
+    assert memory.weights + memory.gradients + memory.optimizer == 16 * weights
+
+
+def test_lora_trains_and_optimises_the_adapter_only(hardware):
+    lora = plan(hardware, "1xh100", method="lora", rank=16)
+    assert lora.trainable == adapter_of(find("r1-distill-qwen-7b").shape, rank=16).parameters
+    assert lora.memory.optimizer == 12 * lora.trainable
+    assert lora.memory.weights > 2 * find("r1-distill-qwen-7b").shape.parameters.total
+
+
+def test_offloading_moves_the_optimizer_to_the_host_and_costs_time(hardware):
+    here, away = (plan(hardware, "2xh100", method="full", zero_stage=3, offload=where) for where in ("none", "optimizer"))
+    assert away.memory.optimizer == 0
+    assert away.memory.host == here.memory.optimizer + here.memory.gradients + here.memory.step
+    assert away.speed.tokens_per_s < here.speed.tokens_per_s
+    assert away.speed.bound == "offloading"
+
+
+def test_checkpointing_keeps_less_and_computes_a_forward_pass_more(hardware):
+    kept, again = (plan(hardware, checkpointing=flag) for flag in (False, True))
+    assert again.memory.activations.kept < kept.memory.activations.kept / 10
+    forward = find("r1-distill-qwen-7b").shape.forward_operations(512)
+    assert again.speed.operations_per_token - kept.speed.operations_per_token == pytest.approx(forward)
+
+
+def test_dense_training_costs_about_six_operations_per_weight_and_token(hardware):
+    weights = find("r1-distill-qwen-7b").shape.multiplied_parameters
+    assert plan(hardware, method="full", length=128).speed.operations_per_token == pytest.approx(6 * weights, rel=0.02)
+
+
+def test_the_fewest_gpus_fit_and_half_of_them_do_not(hardware):
+    wish = TrainingWish(method="full", zero_stage=3, checkpointing=True, micro_batch_size=1)
+    shape = find("r1-distill-qwen-14b").shape
+    least = fewest(shape, wish, "h100", hardware)
+    assert least.fits
+    assert not plan_training(shape, wish, hardware.pool(f"{least.pool.num // 2}xh100"), hardware.assumptions).fits
+
+
+def test_every_shipped_model_can_be_trained_on_some_gpus_by_lora_and_zero_3(hardware):
+    wish = TrainingWish(zero_stage=3, checkpointing=True, micro_batch_size=1)
+    for name in names():
+        plans = cheapest_first(find(name).shape, wish, hardware, 1e8)
+        assert plans and all(each.fits for each in plans)
+        assert [each.money(1e8) for each in plans] == sorted(each.money(1e8) for each in plans)
+
+
+def test_remedies_shrink_the_peak_step_by_step(hardware):
+    wish = TrainingWish(method="full")
+    pool, shape = hardware.pool("2xh100"), find("r1-distill-qwen-14b").shape
+    peaks = [plan_training(shape, each, pool, hardware.assumptions).memory.peak for each in (wish, *relaxed(wish))]
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[0] > 80 * GIB > peaks[-1]
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        ({"offload": "all"}, "zero_stage=3"),
+        ({"zero_stage": 0}, "master weights"),
+        ({"zero_stage": 0, "dtype": "float32", "offload": "optimizer"}, "ZeRO optimizer"),
+    ],
+)
+def test_an_impossible_wish_says_what_to_set(wish, said):
+    with pytest.raises(ValueError, match=said):
+        TrainingWish(**wish)
+
+
+def test_pools_are_read_in_both_forms_and_a_typo_names_the_nearest(hardware):
+    assert (hardware.pool("16xh100").num_nodes, hardware.pool("h100:16").num, hardware.pool("H20").num) == (2, 16, 1)
+    with pytest.raises(InvalidValue, match="a100-40gb"):
+        hardware.pool("8xa100")
+    with pytest.raises(InvalidValue, match="8xh100"):
+        hardware.pool("eight of them")
+
+
+def test_a_users_file_overlays_one_price_and_adds_a_gpu(tmp_path):
+    (tmp_path / "gpus.yaml").write_text(
+        "currency: CNY\ngpus:\n  h100: {price_per_hour: 16}\n  b200: {memory_gib: 180, bf16_tflops: 2250, bandwidth_gbs: 8000, "
+        "link_gbs: 900, network_gbs: 50, price_per_hour: 40}\n",
+        encoding="utf-8",
+    )
+    own = load_hardware(settings=Settings(home=tmp_path))
+    assert (own.currency, own.gpus["h100"].price_per_hour, own.gpus["h100"].memory_gib) == ("CNY", 16, 80)
+    assert own.pool("4xb200").price_per_hour == 160
+    (tmp_path / "gpus.yaml").write_text("gpus:\n  h100: {price: 16}\n", encoding="utf-8")
+    with pytest.raises(InvalidValue, match=r"gpus\.h100\.price"):
+        load_hardware(settings=Settings(home=tmp_path))
+
+
+def test_every_line_of_the_gpu_file_says_what_it_is():
+    lines = [line for line in SHIPPED.read_text(encoding="utf-8").splitlines() if ":" in line and not line.lstrip().startswith("#")]
+    assert [line for line in lines if "#" not in line] == []
