@@ -38,6 +38,7 @@ class Gpu(Config):
     headroom: float = Field(default=0.05, ge=0, lt=1, description="Share of the memory lost to fragmentation in training.")
     is_gpu: bool = Field(default=True, description="False for main memory and processor: asked for by name only.")
     reuses_freed: bool = Field(default=True, description="Whether the allocator serves gradients from the activations' freed memory.")
+    activation_slack: float = Field(default=0.0, ge=0, description="Share of the activations that the allocator loses between them.")
     price_per_hour: float = Field(ge=0, description="Per GPU and hour.")
 
 

@@ -77,14 +77,17 @@ class Memory:
     overhead: float
     host: float
     reuses_freed: bool
+    slack: float
+    """Lost by the allocator between the activations."""
 
     @property
     def peak(self) -> float:
         """At the end of the forward pass, or in the optimizer's step when that needs more."""
         lasting = self.weights + self.optimizer + self.overhead
         if not self.reuses_freed:
-            return lasting + self.buckets + self.activations.peak + self.gradients + self.step
-        backward = max(self.activations.peak, self.activations.kept + self.gradients)
+            temporary = max(self.activations.working, self.activations.logits, self.gradients + self.step)
+            return lasting + self.buckets + self.activations.kept + self.slack + temporary
+        backward = max(self.activations.peak, self.activations.kept + self.gradients) + self.slack
         return lasting + self.buckets + max(backward, self.gradients + self.step)
 
 
@@ -193,6 +196,7 @@ def _memory(shape: ModelShape, wish: TrainingWish, pool: Pool, adapter: Adapter 
         overhead=pool.gpu.overhead_gib * GIB,
         host=host,
         reuses_freed=pool.gpu.reuses_freed,
+        slack=activations.kept * pool.gpu.activation_slack,
     )
 
 
