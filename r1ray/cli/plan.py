@@ -21,7 +21,7 @@ from r1ray.config import Config
 from r1ray.errors import ClusterTooSmall, InvalidValue, R1RayError
 
 if TYPE_CHECKING:
-    from r1ray.engine.simulate import Limits, Outcome, StepCost, Trace
+    from r1ray.engine.simulate import Outcome, Trace
     from r1ray.model.plan.serving import Replica
     from r1ray.model.plan.training import TrainingPlan
 
@@ -156,6 +156,7 @@ def serve(  # noqa: PLR0913 - one parameter per option
     tpot_ms: Annotated[float, typer.Option(help="Longest acceptable time between two tokens of a stream.")] = 100.0,
     tensor_parallel: Annotated[int | None, typer.Option(help="Fix the degree.")] = None,
     stages: Annotated[int | None, typer.Option(help="Fix the number of pipeline stages.")] = None,
+    prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens per step beside the running streams.")] = 1024,
     engine: Annotated[str, typer.Option(help="auto, torch, pipeline or vllm")] = "auto",
     simulate: Annotated[bool, typer.Option("--simulate", help="Play requests against one replica.")] = False,
     rate: Annotated[float, typer.Option(help="Requests per second on one replica, for --simulate.")] = 1.0,
@@ -183,6 +184,7 @@ def serve(  # noqa: PLR0913 - one parameter per option
         weights=weights,
         cache=cache,
         tpot_ms=tpot_ms,
+        prefill_chunk=prefill_chunk,
         tensor_parallel=tensor_parallel,
         stages=stages,
     )
@@ -208,37 +210,12 @@ def serve(  # noqa: PLR0913 - one parameter per option
         _check_serving(found.name, replica, engine)
 
 
-def step_cost(replica: Replica) -> StepCost:
-    """The simulator's straight lines through what the replica's bandwidth and arithmetic say, up to its slots."""
-    from r1ray.engine.simulate import Sample, fit
-
-    most, context = max(1, replica.most_streams), replica.wish.context
-    rows = sorted({1, *(max(1, most * part // 8) for part in range(1, 9))})
-    samples = [
-        Sample(seconds=replica.decode_s(num, tokens), rows=num, context_tokens=num * tokens)
-        for num in rows
-        for tokens in (max(1, context // 8), context // 2 + 1, context)
-    ]
-    # Pieces of a prompt follow each other through the stages, so a step pays for the slowest stage only.
-    chunk = 256
-    alone = replica.decode_s(1, 1)
-    extra = max(0.0, replica.prefill_s(9 * chunk) - replica.prefill_s(chunk)) / 8 / replica.layout.stages
-    samples += [
-        Sample(seconds=num * (alone + extra), steps=num, rows=num, context_tokens=num, prefill_tokens=num * chunk) for num in (1, 2, 4, 8)
-    ]
-    return fit(samples)
-
-
-def limits(replica: Replica) -> Limits:
-    from r1ray.engine.simulate import Limits
-
-    return Limits(num_slots=max(1, replica.most_streams), cache_tokens=replica.cache_tokens)
-
-
 def _simulated(replica: Replica, trace: Trace) -> Outcome:
-    from r1ray.engine.simulate import simulate
+    from r1ray.engine.simulate import Limits, simulate
 
-    return simulate(trace, step_cost(replica), limits(replica))
+    slots, chunk = max(1, replica.most_streams), replica.wish.prefill_chunk
+    limits = Limits(num_slots=slots, prefill_chunk=chunk, cache_tokens=replica.cache_tokens)
+    return simulate(trace, replica, limits)
 
 
 def _check_training(plan: TrainingPlan | None) -> None:

@@ -1,9 +1,9 @@
 """Continuous batching without a model: predicts waiting times and throughput from how long a step takes.
 
-Takes arrivals, lengths, the scheduler's limits and a `StepCost`; gives percentiles. Plays the engine's rules: streams share every
+Takes arrivals, lengths, the scheduler's limits and a `StepTime`; gives percentiles. Plays the engine's rules: streams share every
 step, prompts are read in pieces beside them, a stream keeps its slot, and when the KV cache is full the youngest stream gives its
 blocks back and is computed again later. Between two events all steps are alike, so they are taken in one leap: ten thousand requests
-take about a second. Knows no hardware: where a StepCost comes from (`fit` on measured steps, or a plan) is the caller's business.
+take about a second. Knows no hardware: where a step's time comes from (`fit` on measured steps, or a plan) is the caller's business.
 """
 
 from __future__ import annotations
@@ -15,20 +15,31 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from r1ray.errors import InvalidValue
 
-__all__ = ["Limits", "Outcome", "Sample", "StepCost", "Trace", "fit", "lengths", "poisson", "read_trace", "simulate"]
+__all__ = ["Limits", "Outcome", "Sample", "StepCost", "StepTime", "Trace", "fit", "lengths", "poisson", "read_trace", "simulate"]
 
 SPREAD = 0.6  # sigma of the log-normal that `~512` stands for: the 90th percentile is twice the median
 
 
+class StepTime(Protocol):
+    """How long a step takes that reads `prefill_tokens` of prompts and draws a token for each of `rows` streams.
+
+    `context_tokens` are the positions that those streams attend to, summed. At equal rows the time must be nearly a straight line over
+    them: a leap takes the mean of its first and its last step.
+    """
+
+    def seconds(self, prefill_tokens: float, rows: float, context_tokens: float) -> float: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCost:
-    """Seconds of one step: `fixed` plus what is in it. Context tokens are summed over the decoding rows."""
+    """The StepTime of straight lines: `fixed` plus what is in the step."""
 
     fixed: float
     per_prefill_token: float
@@ -174,7 +185,7 @@ class Outcome:
         return {**totals, "num_finished": len(self.ttft), "tokens_per_s": self.tokens_per_s, **self.percentiles()}
 
 
-def simulate(trace: Trace, cost: StepCost, limits: Limits) -> Outcome:
+def simulate(trace: Trace, cost: StepTime, limits: Limits) -> Outcome:
     """Play the trace to its end.
 
     Raises:
@@ -205,7 +216,7 @@ class _Job:
 @dataclass(slots=True)
 class _Run:
     trace: Trace
-    cost: StepCost
+    cost: StepTime
     limits: Limits
     now: float = 0.0
     step: int = 0
@@ -303,15 +314,15 @@ class _Run:
 
     def _leap_seconds(self, num: int, rows: int) -> float:
         """Each step attends to `rows` more positions than the one before."""
-        context = num * self.context + rows * num * (num - 1) / 2
-        return num * self.cost.seconds(0, rows, 0) + context * self.cost.per_context_token
+        first = self.cost.seconds(0, rows, self.context)
+        return num * (first + self.cost.seconds(0, rows, self.context + (num - 1) * rows)) / 2
 
     def _steps_until(self, moment: float, rows: int) -> int:
         """The first number of steps after which it is `moment` or later: the root of a quadratic."""
-        square = rows * self.cost.per_context_token / 2
-        linear = self.cost.seconds(0, rows, self.context) - square
-        gap = moment - self.now
-        root = gap / linear if square <= 1e-15 * linear else (math.sqrt(linear**2 + 4 * square * gap) - linear) / (2 * square)
+        first = self.cost.seconds(0, rows, self.context)
+        square = (self.cost.seconds(0, rows, self.context + rows) - first) / 2
+        linear, gap = first - square, moment - self.now
+        root = gap / linear if square <= 1e-12 * linear else (math.sqrt(linear**2 + 4 * square * gap) - linear) / (2 * square)
         return max(1, math.ceil(root - 1e-9))
 
     def _make_room(self, num: int) -> None:

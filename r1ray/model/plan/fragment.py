@@ -32,6 +32,7 @@ def fragment(name: str, replica: Replica, wanted: EngineType = "auto") -> str:
         f"    type: {kind} # {_why(kind, replica)}",
         f"    num_slots: {max(1, replica.most_streams)} # what cache and {replica.wish.tpot_ms:g} ms per token allow at full context",
         f"    max_context: {replica.wish.context} # prompt and answer in tokens",
+        f"    prefill_chunk: {replica.wish.prefill_chunk} # prompt tokens per step: a GPU wants more than the CPU's 256",
         f"    dtype: {_dtype(replica)}",
     ]
     if kind != "torch":

@@ -22,7 +22,7 @@ from r1ray.model.plan.shape import ModelShape
 __all__ = ["Layout", "Replica", "ServingWish", "choose", "layouts", "plan_replica"]
 
 MOST_STREAMS = 512  # engine.num_slots ends there
-PREFILL_TOKENS = 2048  # prompt tokens of one step: what its temporaries are sized for
+IDLE_FACTOR = 4  # an idle engine reads so many pieces of a prompt in one step (r1ray/engine/scheduler.py)
 BLOCK = 32  # positions of a KV block
 
 Precision = Literal["auto", "bfloat16", "fp8", "int8", "int4"]
@@ -38,6 +38,7 @@ class ServingWish(Config):
     weights: Precision = Field(default="auto", description="Stored precision; auto keeps the model's own where the GPU computes in it.")
     cache: Literal["bfloat16", "fp8"] = Field(default="bfloat16", description="Precision of the KV cache.")
     tpot_ms: float = Field(default=100.0, gt=0, description="Longest acceptable time between two tokens of a stream.")
+    prefill_chunk: int = Field(default=1024, ge=1, description="Prompt tokens computed per step beside the running streams.")
     tensor_parallel: int | None = Field(default=None, ge=1, description="Fixed degree; null: chosen.")
     stages: int | None = Field(default=None, ge=1, description="Fixed number of stages; null: chosen.")
     memory_share: float = Field(default=0.9, gt=0, le=1, description="Share of a GPU's memory that the engine may take.")
@@ -146,7 +147,7 @@ class Replica:
         """For the cache, per stage; negative where the weights alone are too much."""
         gpu, shape = self.pool.gpu, self.shape
         width = max(shape.intermediate, shape.expert_intermediate * shape.experts_per_token) / self.layout.tensor_parallel
-        temporary = PREFILL_TOKENS * 2 * (6 * shape.hidden + 3 * width)
+        temporary = IDLE_FACTOR * self.wish.prefill_chunk * 2 * (6 * shape.hidden + 3 * width)
         taken = gpu.overhead_gib * GIB + temporary
         return tuple(gpu.memory_gib * GIB * self.wish.memory_share - taken - stage.stored for stage in self.stages)
 
@@ -186,22 +187,31 @@ class Replica:
         moved = 2 * (split - 1) / split * num_tokens * self.shape.hidden * 2
         return 2 * stage.num_layers * (self.assumptions.all_reduce_us * 1e-6 + moved / (self.pool.gpu.link_gbs * 1e9))
 
-    def _decode_stage(self, stage: _Stage, rows: float, context: float) -> float:
-        touched = 1 - (1 - self.shape.experts_per_token / self.shape.num_experts) ** rows if self.shape.num_experts else 0.0
-        read = stage.always_read + touched * stage.expert_bytes + rows * context * stage.kv_per_token
+    def _stage_s(self, stage: _Stage, tokens: float, context_tokens: float) -> float:
+        """One pass of `tokens` new tokens that attend to `context_tokens` earlier ones in total."""
+        touched = 1 - (1 - self.shape.experts_per_token / self.shape.num_experts) ** tokens if self.shape.num_experts else 0.0
+        read = stage.always_read + touched * stage.expert_bytes + context_tokens * stage.kv_per_token
         share = stage.num_layers / self.shape.num_layers / self.layout.tensor_parallel
-        operations = rows * (stage.operations + share * self.shape.attention_operations(context, absorbed=True))
-        return max(read / self._bandwidth, operations / self._arithmetic) + self._routing(stage) + self._exchange(stage, rows)
+        operations = tokens * stage.operations + share * self.shape.attention_operations(context_tokens, absorbed=True)
+        return max(read / self._bandwidth, operations / self._arithmetic) + self._routing(stage) + self._exchange(stage, tokens)
 
     def _routing(self, stage: _Stage) -> float:
         return stage.num_moe_layers * self.assumptions.expert_layer_us * 1e-6
 
-    def decode_s(self, streams: int, context: float) -> float:
-        """Seconds between two tokens of each of `streams` streams: as many micro-batches as stages are on their way at once."""
-        flights = min(self.layout.stages, streams)
-        times = [self._decode_stage(stage, streams / flights, context) for stage in self.stages]
+    def seconds(self, prefill_tokens: float, rows: float, context_tokens: float) -> float:
+        """One engine step, as the simulator asks for it: everybody's next token and a piece of a prompt.
+
+        The step is cut into as many micro-batches as there are stages, so that all of them work.
+        """
+        tokens = prefill_tokens + rows
+        flights = max(1.0, min(self.layout.stages, tokens))
+        times = [self._stage_s(stage, tokens / flights, context_tokens / flights) for stage in self.stages]
         hops = (self.layout.stages - 1) * self.assumptions.hop_us * 1e-6
         return max(sum(times) + hops, flights * max(times)) + self.assumptions.step_us * 1e-6
+
+    def decode_s(self, streams: int, context: float) -> float:
+        """Seconds between two tokens of each of `streams` streams with `context` tokens behind them."""
+        return self.seconds(0, streams, streams * context)
 
     def decode_rate(self, streams: int, context: float) -> float:
         """Tokens per second of all streams of one replica."""

@@ -1,0 +1,204 @@
+"""Is the simulator right? Step costs measured on the real engine, then one workload simulated and played for real, side by side.
+
+    python scripts/bench_simulator.py [--rates 1,3] [--requests 60] [--slots 8] [--json FILE]
+
+Uses the engine through r1ray.engine.protocol alone: what a step costs is worked out from the times at which tokens arrive. The bundled
+model generates on this machine; end of turn is ignored, so that lengths are those of the workload. Exit code 1 when a median of TTFT
+or TPOT, or the throughput, is off by more than 20 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from r1ray.engine.config import EngineConfig
+from r1ray.engine.protocol import Engine, GenerationRequest
+from r1ray.engine.simulate import Limits, Sample, StepCost, Trace, fit, poisson, simulate
+from r1ray.registry import Registry
+from r1ray.types import Sampling
+
+console = Console(highlight=False)
+ALLOWED = 0.2
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One real generation: when it was sent, and when each token came."""
+
+    sent: float
+    times: list[float]
+
+    @property
+    def ttft(self) -> float:
+        return self.times[0] - self.sent
+
+    @property
+    def tpot(self) -> float:
+        return (self.times[-1] - self.times[0]) / (len(self.times) - 1) if len(self.times) > 1 else float("nan")
+
+
+async def stream(engine: Engine, prompt: int, answer: int, seed: int) -> Stream:
+    ids = tuple(1000 + (7919 * seed + 13 * place) % 20000 for place in range(prompt))  # nothing to share between prompts
+    sampling = Sampling(temperature=0, max_tokens=answer)
+    request = GenerationRequest(id=f"{time.monotonic_ns()}-{seed}", prompt_ids=ids, sampling=sampling, ignore_eos=True)
+    sent, times = time.perf_counter(), []
+    async with aclosing(engine.generate(request)) as chunks:
+        async for chunk in chunks:
+            times += [time.perf_counter()] * len(chunk.token_ids)
+    return Stream(sent, times)
+
+
+async def together(engine: Engine, num: int, prompt: int, answer: int) -> list[Stream]:
+    return list(await asyncio.gather(*(stream(engine, prompt, answer, seed) for seed in range(num))))
+
+
+async def decoding(engine: Engine, rows: int, prompt: int, answer: int) -> Sample:
+    """Steps in which all of `rows` streams decode and nobody reads a prompt."""
+    streams = await together(engine, rows, prompt, answer)
+    begin, end = max(each.times[0] for each in streams), min(each.times[-1] for each in streams)
+    inside = [[when for when in each.times if begin <= when <= end] for each in streams]
+    steps = min(len(times) for times in inside) - 1
+    begun = [sum(when < begin for when in each.times) for each in streams]
+    context = sum(prompt + before + (steps + 1) / 2 for before in begun) * steps
+    return Sample(seconds=end - begin, rows=rows * steps, context_tokens=context, steps=steps)
+
+
+async def reading(engine: Engine, limits: Limits, prompt: int) -> Sample:
+    """A prompt on an idle engine."""
+    alone = await stream(engine, prompt, 1, prompt)
+    pieces = -(-prompt // (limits.prefill_chunk * limits.idle_factor))
+    return Sample(seconds=alone.ttft, prefill_tokens=prompt, steps=pieces)
+
+
+async def beside(engine: Engine, rows: int, prompt: int) -> Sample:
+    """A prompt that arrives while `rows` streams decode: from the last token before it to its own first token."""
+    running = asyncio.gather(*(stream(engine, 64, 60, 100 + seed) for seed in range(rows)))
+    await asyncio.sleep(0.6)
+    late = await stream(engine, prompt, 1, 999)
+    streams = await running
+    begin = max((when for each in streams for when in each.times if when <= late.sent), default=late.sent)
+    steps = max(1, *(sum(begin < when <= late.times[0] + 1e-4 for when in each.times) for each in streams))
+    seen = [sum(when <= begin for when in each.times) for each in streams]
+    context = sum(64 + before for before in seen) * steps
+    return Sample(seconds=late.times[0] - begin, prefill_tokens=prompt, rows=rows * steps, context_tokens=context, steps=steps)
+
+
+async def calibrate(engine: Engine, limits: Limits) -> tuple[StepCost, list[Sample]]:
+    """Probes over the range that the workload will use."""
+    most = limits.num_slots
+    probes: list[Callable[[], Awaitable[Sample]]] = [
+        *((lambda n=num, p=prompt: decoding(engine, n, p, 24)) for num in (1, max(1, most // 2), most) for prompt in (32, 256)),
+        *((lambda p=prompt: reading(engine, limits, p)) for prompt in (16, 64, 128, 256, 512)),
+        *((lambda n=num: beside(engine, n, 200)) for num in (1, max(1, most // 2), most - 1)),
+    ]
+    await together(engine, most, 64, 8)  # warm-up
+    samples = [await probe() for probe in probes for _ in range(2)]
+    return fit(samples), samples
+
+
+async def play(engine: Engine, trace: Trace) -> tuple[list[Stream], float]:
+    begin = time.perf_counter()
+
+    async def later(number: int) -> Stream:
+        await asyncio.sleep(max(0.0, float(trace.arrivals[number]) - (time.perf_counter() - begin)))
+        return await stream(engine, int(trace.prompts[number]), int(trace.answers[number]), number)
+
+    streams = list(await asyncio.gather(*(later(number) for number in range(len(trace.arrivals)))))
+    return streams, max(each.times[-1] for each in streams) - (begin + float(trace.arrivals[0]))
+
+
+@dataclass(frozen=True)
+class Row:
+    rate: float
+    figure: str
+    simulated: float
+    measured: float
+    counts: bool
+
+    @property
+    def error(self) -> float:
+        return self.simulated / self.measured - 1
+
+
+def compare(rate: float, trace: Trace, cost: StepCost, limits: Limits, real: tuple[list[Stream], float]) -> list[Row]:
+    streams, seconds = real
+    outcome = simulate(trace, cost, limits)
+    rows = []
+    for name, simulated, measured in (
+        ("TTFT", outcome.ttft, np.array([each.ttft for each in streams])),
+        ("TPOT", outcome.tpot, np.array([each.tpot for each in streams])),
+    ):
+        for share in (50, 90):
+            values = (float(np.nanpercentile(each, share)) * 1000 for each in (simulated, measured))
+            rows.append(Row(rate, f"{name} p{share} ms", *values, counts=share == 50))
+    tokens = int(trace.answers.sum())
+    rows.append(Row(rate, "tokens/s", outcome.tokens_per_s, tokens / seconds, counts=True))
+    return rows
+
+
+def show(rows: list[Row]) -> None:
+    table = Table("requests/s", "", "simulated", "measured", "error")
+    for row in rows:
+        style = "red" if row.counts and abs(row.error) > ALLOWED else ""
+        table.add_row(f"{row.rate:g}", row.figure, f"{row.simulated:.1f}", f"{row.measured:.1f}", f"{row.error:+.1%}", style=style)
+    console.print(table)
+
+
+async def run(engine: Engine, limits: Limits, rates: list[float], requests: int) -> tuple[StepCost, list[Row]]:
+    await engine.start()
+    cost, samples = await calibrate(engine, limits)
+    spread = [cost_of(cost, sample) / sample.seconds - 1 for sample in samples]
+    console.print(
+        f"a step: {1000 * cost.fixed:.2f} ms + {1e6 * cost.per_prefill_token:.0f} us per prompt token, {1000 * cost.per_row:.2f} ms"
+    )
+    console.print(f"per stream, {1e6 * cost.per_context_token:.2f} us per position; fits {len(samples)} probes to {np.std(spread):.1%}")
+    rows = []
+    for rate in rates:
+        trace = poisson(rate=rate, num=requests, prompt="16-200", answer="8-48", seed=int(10 * rate))
+        rows += compare(rate, trace, cost, limits, await play(engine, trace))
+    await engine.stop()
+    return cost, rows
+
+
+def cost_of(cost: StepCost, sample: Sample) -> float:
+    return cost.seconds(sample.prefill_tokens, sample.rows, sample.context_tokens) + (sample.steps - 1) * cost.fixed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rates", default="1.5,4", help="requests per second, comma-separated")
+    parser.add_argument("--requests", type=int, default=60, help="per rate")
+    parser.add_argument("--slots", type=int, default=8, help="engine.num_slots")
+    parser.add_argument("--idle-factor", type=int, default=4, help="prompt pieces that an idle engine reads in one step")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    arguments = parser.parse_args()
+    from r1ray.engine.create import create_engine
+    from r1ray.model.importer import import_model
+
+    registry = Registry()
+    config = EngineConfig(num_slots=arguments.slots, max_context=1024)
+    engine = create_engine(import_model("smollm2", registry=registry), config, registry)
+    limits = Limits(num_slots=arguments.slots, prefill_chunk=config.prefill_chunk, idle_factor=arguments.idle_factor)
+    rates = [float(rate) for rate in arguments.rates.split(",")]
+    cost, rows = asyncio.run(run(engine, limits, rates, arguments.requests))
+    show(rows)
+    if arguments.json:
+        record: dict[str, Any] = {"cost": asdict(cost), "rows": [asdict(row) | {"error": row.error} for row in rows]}
+        arguments.json.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return int(any(row.counts and abs(row.error) > ALLOWED for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,112 @@
+"""`r1ray plan` as a user calls it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from r1ray.cli import app
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("R1RAY_HOME", str(tmp_path))
+
+    def call(*arguments):
+        return CliRunner().invoke(app, ["plan", *arguments])
+
+    return call
+
+
+def test_models_lists_r1_and_its_distills(run):
+    output = run("models").output
+    assert "r1-distill-qwen-32b" in output
+    assert "671.03 B" in output
+
+
+def test_training_that_fits_exits_with_0_and_names_its_assumption(run):
+    done = run("train", "--model", "r1-distill-qwen-7b", "--gpus", "1xh100", "--micro-batch-size", "1")
+    assert done.exit_code == 0
+    assert "1 x h100, lora, ZeRO-2: fits" in done.output
+    assert "MFU" in done.output
+
+
+def test_training_that_does_not_fit_exits_with_1_and_shows_what_would(run):
+    done = run("train", "--model", "r1-distill-qwen-7b", "--method", "full", "--gpus", "2xh100")
+    assert done.exit_code == 1
+    assert "does not fit" in done.output
+    assert "ZeRO-3" in done.output
+
+
+def test_json_has_the_peak_the_hours_and_the_money(run):
+    options = (
+        "--model",
+        "r1",
+        "--zero-stage",
+        "3",
+        "--checkpointing",
+        "--gpus",
+        "32xh100",
+        "--micro-batch-size",
+        "1",
+        "--tokens",
+        "1B",
+        "--json",
+    )
+    done = json.loads(run("train", *options).output)
+    wanted = done["wanted"]
+    assert wanted["fits"] is True
+    assert wanted["total_parameters"] > 671e9
+    assert wanted["money"] == pytest.approx(wanted["hours"] * 32 * 2.9)
+    assert {plan["gpus"].split("x", 1)[1] for plan in done["fewest"]} >= {"h100", "h20", "a800-80gb"}
+
+
+def test_serving_prints_the_layout_the_bundles_and_the_lines_for_serve_config(run):
+    output = run("serve", "--model", "r1", "--gpus", "16xh100", "--tensor-parallel", "8").output
+    assert "2 stages of 32+29 layers" in output
+    assert "bundles: [{CPU: 9, GPU: 8}, {CPU: 8, GPU: 8}]" in output
+    assert "strategy: STRICT_SPREAD" in output
+
+
+def test_serving_simulates_when_asked(run):
+    options = ("--model", "r1-distill-qwen-32b", "--gpus", "4xl20", "--simulate", "--rate", "0.5", "--requests", "200", "--json")
+    outcome = json.loads(run("serve", *options).output)["simulation"]
+    assert outcome["num_finished"] == 200
+    assert 0 < outcome["ttft"]["p50"] <= outcome["ttft"]["p90"] <= outcome["ttft"]["p99"]
+
+
+def test_more_load_means_longer_waits(run):
+    def wait(rate):
+        options = ("--model", "r1-distill-qwen-32b", "--gpus", "4xl20", "--simulate", "--rate", rate, "--requests", "1000", "--json")
+        return json.loads(run("serve", *options).output)["simulation"]["ttft"]["p90"]
+
+    assert wait("0.2") < wait("2") < wait("20")
+
+
+def test_the_gpu_file_can_be_copied_once_and_is_then_in_force(run, tmp_path):
+    own = tmp_path / "gpus.yaml"
+    assert run("gpus", "--write", str(own)).exit_code == 0
+    own.write_text(own.read_text(encoding="utf-8").replace("price_per_hour: 2.90", "price_per_hour: 4.25"), encoding="utf-8")
+    assert "4.25" in run("gpus").output
+    assert run("gpus", "--write", str(own)).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("train", "--model", "r2"), "No model 'r2'"),
+        (("train", "--model", "r1", "--gpus", "8xh1000"), "Did you mean"),
+        (("train", "--model", "r1", "--method", "magic"), "method"),
+        (("train", "--model", "r1", "--tokens", "many"), "500k"),
+        (("serve", "--model", "r1", "--gpus", "1xh100"), "do not fit"),
+        (("serve", "--model", "r1", "--gpus", "16xh100", "--prompt", "long"), "~512"),
+        (("serve", "--model", "r1", "--gpus", "16xh100", "--engine", "tgi"), "vllm"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_1(run, arguments, said):
+    done = run(*arguments)
+    assert done.exit_code == 1
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
