@@ -1,6 +1,6 @@
 """Is the simulator right? Step costs measured on the real engine, then one workload simulated and played for real, side by side.
 
-    python scripts/bench_simulator.py [--rates 1,3] [--requests 60] [--slots 8] [--json FILE]
+    python scripts/bench_simulator.py [--loads 0.4,0.75] [--requests 60] [--slots 8] [--json FILE]
 
 Uses the engine through r1ray.engine.protocol alone: what a step costs is worked out from the times at which tokens arrive. The bundled
 model generates on this machine; end of turn is ignored, so that lengths are those of the workload. Exit code 1 when a median of TTFT
@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,17 +94,13 @@ async def beside(engine: Engine, rows: int, prompt: int) -> Sample:
     return Sample(seconds=late.times[0] - begin, prefill_tokens=prompt, rows=rows * steps, context_tokens=context, steps=steps)
 
 
-async def calibrate(engine: Engine, limits: Limits) -> tuple[StepCost, list[Sample]]:
-    """Probes over the range that the workload will use."""
+async def probes(engine: Engine, limits: Limits) -> list[Sample]:
+    """Steps over the range that the workload will use."""
     most = limits.num_slots
-    probes: list[Callable[[], Awaitable[Sample]]] = [
-        *((lambda n=num, p=prompt: decoding(engine, n, p, 24)) for num in (1, max(1, most // 2), most) for prompt in (32, 256)),
-        *((lambda p=prompt: reading(engine, limits, p)) for prompt in (16, 64, 128, 256, 512)),
-        *((lambda n=num: beside(engine, n, 200)) for num in (1, max(1, most // 2), most - 1)),
-    ]
-    await together(engine, most, 64, 8)  # warm-up
-    samples = [await probe() for probe in probes for _ in range(2)]
-    return fit(samples), samples
+    some = (1, max(1, most // 2), most)
+    samples = [await decoding(engine, num, prompt, 16) for num in some for prompt in (32, 200)]
+    samples += [await reading(engine, limits, prompt) for prompt in (16, 100, 200, 400)]
+    return samples + [await beside(engine, num, prompt) for num in (*some[:2], most - 1) for prompt in (60, 200)]
 
 
 async def play(engine: Engine, trace: Trace) -> tuple[list[Stream], float]:
@@ -121,7 +116,9 @@ async def play(engine: Engine, trace: Trace) -> tuple[list[Stream], float]:
 
 @dataclass(frozen=True)
 class Row:
-    rate: float
+    """One figure of one workload; `load` is the share of the engine's capacity that arrives."""
+
+    load: float
     figure: str
     simulated: float
     measured: float
@@ -132,7 +129,7 @@ class Row:
         return self.simulated / self.measured - 1
 
 
-def compare(rate: float, trace: Trace, cost: StepCost, limits: Limits, real: tuple[list[Stream], float]) -> list[Row]:
+def compare(load: float, trace: Trace, cost: StepCost, limits: Limits, real: tuple[list[Stream], float]) -> list[Row]:
     streams, seconds = real
     outcome = simulate(trace, cost, limits)
     rows = []
@@ -142,34 +139,47 @@ def compare(rate: float, trace: Trace, cost: StepCost, limits: Limits, real: tup
     ):
         for share in (50, 90):
             values = (float(np.nanpercentile(each, share)) * 1000 for each in (simulated, measured))
-            rows.append(Row(rate, f"{name} p{share} ms", *values, counts=share == 50))
+            rows.append(Row(load, f"{name} p{share} ms", *values, counts=share == 50))
     tokens = int(trace.answers.sum())
-    rows.append(Row(rate, "tokens/s", outcome.tokens_per_s, tokens / seconds, counts=True))
+    rows.append(Row(load, "tokens/s", outcome.tokens_per_s, tokens / seconds, counts=True))
     return rows
 
 
 def show(rows: list[Row]) -> None:
-    table = Table("requests/s", "", "simulated", "measured", "error")
+    table = Table("load", "", "simulated", "measured", "error")
     for row in rows:
         style = "red" if row.counts and abs(row.error) > ALLOWED else ""
-        table.add_row(f"{row.rate:g}", row.figure, f"{row.simulated:.1f}", f"{row.measured:.1f}", f"{row.error:+.1%}", style=style)
+        table.add_row(f"{row.load:.0%}", row.figure, f"{row.simulated:.1f}", f"{row.measured:.1f}", f"{row.error:+.1%}", style=style)
     console.print(table)
 
 
-async def run(engine: Engine, limits: Limits, rates: list[float], requests: int) -> tuple[StepCost, list[Row]]:
+async def run(engine: Engine, limits: Limits, loads: list[float], requests: int) -> tuple[StepCost, list[Row]]:
+    """Probes stand before, between and after the workloads, since a shared machine's speed drifts; only they make the prediction."""
     await engine.start()
-    cost, samples = await calibrate(engine, limits)
-    spread = [cost_of(cost, sample) / sample.seconds - 1 for sample in samples]
-    console.print(
-        f"a step: {1000 * cost.fixed:.2f} ms + {1e6 * cost.per_prefill_token:.0f} us per prompt token, {1000 * cost.per_row:.2f} ms"
-    )
-    console.print(f"per stream, {1e6 * cost.per_context_token:.2f} us per position; fits {len(samples)} probes to {np.std(spread):.1%}")
-    rows = []
-    for rate in rates:
-        trace = poisson(rate=rate, num=requests, prompt="16-200", answer="8-48", seed=int(10 * rate))
-        rows += compare(rate, trace, cost, limits, await play(engine, trace))
+    await together(engine, limits.num_slots, 64, 8)  # warm-up
+    samples = await probes(engine, limits)
+    capacity = requests_per_s(fit(samples), limits)
+    played = []
+    for load in loads:
+        trace = workload(load * capacity, requests)
+        played.append((load, trace, await play(engine, trace)))
+        samples += await probes(engine, limits)
     await engine.stop()
-    return cost, rows
+    cost = fit(samples)
+    spread = [cost_of(cost, sample) / sample.seconds - 1 for sample in samples]
+    console.print(f"a step: {1000 * cost.fixed:.2f} ms, {1e6 * cost.per_prefill_token:.0f} us per prompt token,")
+    console.print(f"{1000 * cost.per_row:.2f} ms per stream, {1e6 * cost.per_context_token:.2f} us per position")
+    console.print(f"fits {len(samples)} probes to {np.std(spread):.1%}; capacity about {capacity:.2f} requests/s")
+    return cost, [row for load, trace, real in played for row in compare(load, trace, cost, limits, real)]
+
+
+def workload(rate: float, requests: int) -> Trace:
+    return poisson(rate=rate, num=requests, prompt="16-200", answer="8-48", seed=7)
+
+
+def requests_per_s(cost: StepCost, limits: Limits) -> float:
+    """What the engine ends per second when requests never run out."""
+    return 300 / simulate(workload(1e6, 300), cost, limits).seconds
 
 
 def cost_of(cost: StepCost, sample: Sample) -> float:
@@ -178,8 +188,8 @@ def cost_of(cost: StepCost, sample: Sample) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rates", default="1.5,4", help="requests per second, comma-separated")
-    parser.add_argument("--requests", type=int, default=60, help="per rate")
+    parser.add_argument("--loads", default="0.4,0.75", help="shares of the engine's capacity that arrive, comma-separated")
+    parser.add_argument("--requests", type=int, default=60, help="per load")
     parser.add_argument("--slots", type=int, default=8, help="engine.num_slots")
     parser.add_argument("--idle-factor", type=int, default=4, help="prompt pieces that an idle engine reads in one step")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
@@ -191,8 +201,8 @@ def main() -> int:
     config = EngineConfig(num_slots=arguments.slots, max_context=1024)
     engine = create_engine(import_model("smollm2", registry=registry), config, registry)
     limits = Limits(num_slots=arguments.slots, prefill_chunk=config.prefill_chunk, idle_factor=arguments.idle_factor)
-    rates = [float(rate) for rate in arguments.rates.split(",")]
-    cost, rows = asyncio.run(run(engine, limits, rates, arguments.requests))
+    loads = [float(load) for load in arguments.loads.split(",")]
+    cost, rows = asyncio.run(run(engine, limits, loads, arguments.requests))
     show(rows)
     if arguments.json:
         record: dict[str, Any] = {"cost": asdict(cost), "rows": [asdict(row) | {"error": row.error} for row in rows]}

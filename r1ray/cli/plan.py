@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from r1ray.cli import plan_tables
+from r1ray.cluster import Cluster, check_placement, connect, num_placeable
 from r1ray.config import Config
 from r1ray.errors import ClusterTooSmall, InvalidValue, R1RayError
 
@@ -137,7 +138,7 @@ def train(  # noqa: PLR0913 - one parameter per option
         for part in plan_tables.training(found, wanted, others, remedies, count, hardware):
             console.print(part)
     if cluster:
-        _check_training(wanted or (others[0] if others else None))
+        _said(check_training(connect(), wanted or (others[0] if others else None)), as_json)
     if wanted and not wanted.fits:
         raise typer.Exit(1)
 
@@ -207,7 +208,7 @@ def serve(  # noqa: PLR0913 - one parameter per option
             console.print(part)
         print(text, end="")
     if cluster:
-        _check_serving(found.name, replica, engine)
+        _said(check_serving(connect(), found.name, replica, engine), as_json)
 
 
 def _simulated(replica: Replica, trace: Trace) -> Outcome:
@@ -218,30 +219,33 @@ def _simulated(replica: Replica, trace: Trace) -> Outcome:
     return simulate(trace, replica, limits)
 
 
-def _check_training(plan: TrainingPlan | None) -> None:
-    from r1ray import cluster
+def check_training(found: Cluster, plan: TrainingPlan | None) -> str:
+    """What the cluster holds of the plan's workers.
 
+    Raises:
+        ClusterTooSmall: fewer than the plan wants, or there is no plan that fits.
+    """
     if plan is None:
         raise ClusterTooSmall("No GPU type holds this job. Lower --micro-batch-size or --length, or set --zero-stage 3 --checkpointing.")
-    found = cluster.connect()
-    bundle = {"CPU": 1.0, "GPU": 1.0} if plan.pool.gpu.is_gpu else {"CPU": 1.0}
-    num = cluster.num_placeable(found, bundle)
+    num = num_placeable(found, {"CPU": 1.0, "GPU": 1.0} if plan.pool.gpu.is_gpu else {"CPU": 1.0})
     if num < plan.pool.num:
         raise ClusterTooSmall(
             f"The plan wants {plan.pool.num} workers of {plan.pool.name}; this cluster can ever hold {num}. "
             f"Plan with --gpus {max(1, num)}x{plan.pool.name}, or add nodes in cluster.yaml."
         )
-    _console().print(f"The cluster at {found.address} holds {num} workers; the plan wants {plan.pool.num}.")
+    return f"The cluster at {found.address} can hold {num} workers; the plan wants {plan.pool.num}."
 
 
-def _check_serving(name: str, replica: Replica, engine: str) -> None:
-    from r1ray import cluster
+def check_serving(found: Cluster, name: str, replica: Replica, engine: str) -> str:
+    """That one replica can be placed.
 
-    found = cluster.connect()
+    Raises:
+        ClusterTooSmall: names the bundle that finds no room.
+    """
     wanted = replica.bundles(single=engine == "vllm")
     strategy = "PACK" if engine == "vllm" else replica.strategy
-    cluster.check_placement(found, wanted, strategy=strategy, wanted_by=f"serving {name}")
-    _console().print(f"The cluster at {found.address} can place one replica: {len(wanted)} bundles, {strategy}.")
+    check_placement(found, wanted, strategy=strategy, wanted_by=f"serving {name}")
+    return f"The cluster at {found.address} can place a replica: {len(wanted)} bundles, {strategy}."
 
 
 def _checked(schema: type[W], **values: Any) -> W:
@@ -270,6 +274,12 @@ def _median(text: str) -> int:
         return (int(low) + int(high or low)) // 2
     except ValueError as error:
         raise InvalidValue(f"{text!r} is no length. Write 512, 128-1024 or ~512.") from error
+
+
+def _said(text: str, as_json: bool) -> None:
+    """Beside JSON a remark would be noise: the exit code says it."""
+    if not as_json:
+        _console().print(text)
 
 
 def _console() -> Console:

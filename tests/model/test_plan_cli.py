@@ -8,6 +8,14 @@ import pytest
 from typer.testing import CliRunner
 
 from r1ray.cli import app
+from r1ray.cli.plan import check_serving, check_training
+from r1ray.cluster import Cluster, Node
+from r1ray.errors import ClusterTooSmall
+from r1ray.model.plan.catalog import find
+from r1ray.model.plan.hardware import load_hardware
+from r1ray.model.plan.serving import ServingWish, choose
+from r1ray.model.plan.training import TrainingWish, plan_training
+from r1ray.settings import Settings
 
 
 @pytest.fixture
@@ -91,6 +99,30 @@ def test_the_gpu_file_can_be_copied_once_and_is_then_in_force(run, tmp_path):
     own.write_text(own.read_text(encoding="utf-8").replace("price_per_hour: 2.90", "price_per_hour: 4.25"), encoding="utf-8")
     assert "4.25" in run("gpus").output
     assert run("gpus", "--write", str(own)).exit_code == 1
+
+
+def cluster_of(num_nodes, gpus):
+    return Cluster(address="here", nodes=tuple(Node(id=str(n), resources={"CPU": 32.0, "GPU": float(gpus)}) for n in range(num_nodes)))
+
+
+def test_a_plan_is_held_against_the_cluster(tmp_path):
+    hardware = load_hardware(settings=Settings(home=tmp_path))
+    shape, pool = find("r1-distill-qwen-7b").shape, hardware.pool("8xh100")
+    plan = plan_training(shape, TrainingWish(), pool, hardware.assumptions)
+    assert "can hold 8 workers" in check_training(cluster_of(2, 4), plan)
+    with pytest.raises(ClusterTooSmall, match=r"can ever hold 4.*--gpus 4xh100"):
+        check_training(cluster_of(1, 4), plan)
+    with pytest.raises(ClusterTooSmall, match="No GPU type"):
+        check_training(cluster_of(1, 4), None)
+
+
+def test_a_replica_is_held_against_the_cluster(tmp_path):
+    hardware = load_hardware(settings=Settings(home=tmp_path))
+    replica = choose(find("r1").shape, hardware.pool("16xh100"), ServingWish(tensor_parallel=8), hardware.assumptions)
+    assert "2 bundles, STRICT_SPREAD" in check_serving(cluster_of(2, 8), "r1", replica, "auto")
+    assert "16 bundles, PACK" in check_serving(cluster_of(2, 8), "r1", replica, "vllm")
+    with pytest.raises(ClusterTooSmall, match="serving r1"):
+        check_serving(cluster_of(1, 16), "r1", replica, "auto")
 
 
 @pytest.mark.parametrize(
