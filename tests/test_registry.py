@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -22,6 +25,7 @@ from hypothesis import strategies as st
 from r1ray.errors import ArtifactInvalid, DiskFull, InvalidValue, ModelNotFound, RegistryError, VersionNotFound
 from r1ray.observe import client as mlflow_client
 from r1ray.registry import MANIFEST, POLICY, Registry, directory, weights_sha256
+from r1ray.registry.known import KnownVersions
 from r1ray.settings import Settings
 from r1ray.types import Artifact, Manifest, Sampling, SamplingPolicy, TemplateInfo
 
@@ -67,6 +71,20 @@ def stage_and_wait(registry: Registry, told: Connection) -> None:
         time.sleep(60)
 
 
+def die_while_numbering(registry: Registry, told: Connection, *, numbered: bool) -> None:
+    create_version = registry._create_version
+
+    def killed(place: Path, *arguments: Any) -> int:
+        if numbered:
+            create_version(place, *arguments)
+        told.send(place)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    registry._create_version = killed  # type: ignore[method-assign]
+    add(registry, "numbering")
+
+
 def register_five(registry: Registry, told: Connection) -> None:
     mlflow_client._empty_database.cache_clear()  # so that both really make the tables
     told.send([add(registry, "race").version for _ in range(5)])
@@ -109,6 +127,34 @@ def test_an_unknown_model_or_version_is_named_with_what_exists(shared):
 def test_a_name_that_is_no_directory_name_is_refused(shared, name):
     with pytest.raises(InvalidValue, match="no model name"), shared.staging(name):
         pass
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+def test_a_writer_killed_around_its_version_number_leaves_a_version_or_nothing(tmp_path, numbered):
+    registry = Registry(Settings(home=tmp_path))
+    add(registry, "numbering")
+    here, there = multiprocessing.Pipe()
+    writer = fork(functools.partial(die_while_numbering, numbered=numbered), registry, there)
+    place = here.recv()
+    writer.join()
+    assert place.is_dir()
+    elsewhere = Registry(Settings(home=tmp_path, registry=f"sqlite:///{tmp_path}/other.db"))
+    add(elsewhere, "other")
+    assert place.is_dir(), "another registry does not know whose it is"
+    add(registry, "another")
+    assert place.is_dir() == numbered
+    assert len(registry.versions("numbering")) == 1 + numbered
+    assert not list((registry.settings.artifacts / ".announced").iterdir())
+
+
+def test_known_versions_resolve_without_mlflow(shared):
+    first = add(shared, "known-before")
+    known = pickle.dumps(KnownVersions([first], shared.settings))
+    code = f"import pickle, sys; print(pickle.loads({known!r}).resolve('{first.ref}').path); print('mlflow' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert shown == [str(first.path), "False"]
+    second = add(shared, "known-before", b"second")
+    assert pickle.loads(known).resolve("known-before").ref == second.ref
 
 
 def test_an_exception_while_staging_leaves_nothing(shared):

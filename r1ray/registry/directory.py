@@ -15,7 +15,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,7 +25,19 @@ from pydantic import BaseModel, ValidationError
 from r1ray.errors import ArtifactInvalid, DiskFull
 from r1ray.types import Artifact, Manifest, SamplingPolicy
 
-__all__ = ["MANIFEST", "POLICY", "directory_lock", "open_artifact", "seal", "staging", "sweep", "weights_sha256", "write_atomic"]
+__all__ = [
+    "MANIFEST",
+    "POLICY",
+    "abandoned",
+    "announced",
+    "directory_lock",
+    "open_artifact",
+    "seal",
+    "staging",
+    "sweep",
+    "weights_sha256",
+    "write_atomic",
+]
 
 MANIFEST = "manifest.json"
 POLICY = "sampling_policy.json"
@@ -33,6 +45,7 @@ POLICY = "sampling_policy.json"
 T = TypeVar("T", bound=BaseModel)
 
 _STAGING = ".staging"
+_ANNOUNCED = ".announced"
 _FOREIGN_STALE_S = 7 * 24 * 3600.0
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _log = logging.getLogger(__name__)
@@ -67,7 +80,7 @@ def staging(artifacts: Path, name: str) -> Iterator[Path]:
     sweep(artifacts)
     root = artifacts / _STAGING
     root.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f"{name}~{_host()}~{os.getpid()}~{_started(os.getpid())}~", dir=root))
+    staged = Path(tempfile.mkdtemp(prefix=f"{_signed(name)}~", dir=root))
     staged.chmod(0o755)  # mkdtemp's 0700 would follow the artifact into shared storage
     try:
         yield staged
@@ -88,6 +101,32 @@ def sweep(artifacts: Path) -> list[Path]:
         _log.warning("removing %s: its writer is gone", path)
         shutil.rmtree(path, ignore_errors=True)
     return stale
+
+
+@contextmanager
+def announced(place: Path, registry_uri: str) -> Iterator[None]:
+    """While a finished directory waits at `place` for its version number: removed when that fails, found by `abandoned` after a kill."""
+    note = place.parent.parent / _ANNOUNCED / f"{_signed(place.parent.name)}~{place.name}"
+    note.parent.mkdir(exist_ok=True)
+    note.write_text(registry_uri, encoding="utf-8")
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    finally:
+        note.unlink(missing_ok=True)
+
+
+def abandoned(artifacts: Path, registry_uri: str) -> list[tuple[Path, Path]]:
+    """(note, directory) of every writer that died while it was numbering in this registry; another registry's are its own to judge."""
+    found = []
+    for note in (artifacts / _ANNOUNCED).glob("*"):
+        with suppress(FileNotFoundError):  # its writer has just finished
+            if _is_stale(note) and note.read_text(encoding="utf-8") == registry_uri:
+                name, *_, place = note.name.rsplit("~", 4)
+                found.append((note, artifacts / name / place))
+    return found
 
 
 def seal(staged: Path, manifest: Manifest) -> Manifest:
@@ -191,6 +230,11 @@ def _started(pid: int) -> str:
         return "" if process.status() == psutil.STATUS_ZOMBIE else str(int(process.create_time()))
     except psutil.NoSuchProcess:
         return ""
+
+
+def _signed(name: str) -> str:
+    """`name`, and who writes it: host, pid, start time."""
+    return f"{name}~{_host()}~{os.getpid()}~{_started(os.getpid())}"
 
 
 def _host() -> str:

@@ -105,12 +105,9 @@ class Registry:
             directory.write_atomic(staged / directory.POLICY, policy)
         place = self.settings.artifacts / name / uuid.uuid4().hex[:12]
         place.parent.mkdir(parents=True, exist_ok=True)
-        staged.rename(place)
-        try:
+        with directory.announced(place, self.settings.registry_uri):
+            staged.rename(place)
             version = self._create_version(place, sealed, dict(tags or {}))
-        except BaseException:
-            shutil.rmtree(place, ignore_errors=True)
-            raise
         return Artifact(path=place, manifest=sealed, version=version, policy=policy)
 
     def resolve(self, ref: str) -> Artifact:
@@ -254,6 +251,7 @@ class Registry:
         # not a path: a server refuses local sources, and the same home may be mounted elsewhere tomorrow
         source = f"r1ray:/{manifest.name}/{place.name}"
         with self._exclusive():
+            self._sweep()
             try:
                 if not self._registered(manifest.name):
                     self._client.create_registered_model(manifest.name)
@@ -261,6 +259,14 @@ class Registry:
             except MlflowException as error:
                 raise RegistryError(f"MLflow refused {manifest.name}: {error}. See {self.settings.registry_uri}.") from error
         return int(row.version)
+
+    def _sweep(self) -> None:
+        """Remove what writers left that died between a directory's last move and its number; one that has a number stays."""
+        for note, place in directory.abandoned(self.settings.artifacts, self.settings.registry_uri):
+            if all(self._path(row) != place for row in self._rows(f"name='{place.parent.name}'")):
+                _log.warning("removing %s: its writer died before it had a version number", place)
+                shutil.rmtree(place, ignore_errors=True)
+            note.unlink(missing_ok=True)
 
     def _row(self, ref: str) -> Any:
         name, at, wanted = ref.partition("@")

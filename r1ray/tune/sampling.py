@@ -16,6 +16,7 @@ from r1ray.config import config_hash
 from r1ray.data.read import read_conversations
 from r1ray.errors import TuningError
 from r1ray.registry import Registry
+from r1ray.registry.known import KnownVersions
 from r1ray.settings import Settings
 from r1ray.tune.config import RuleConfig, SamplingSweepConfig
 from r1ray.tune.pareto import best_within, front
@@ -43,7 +44,7 @@ def sweep_sampling(config: SamplingSweepConfig, settings: Settings | None = None
     name = sweep_name(config, artifact, data.data_hash)
     with sweep_record("sweep-sampling", name, settings) as record:
         record.run.log_params({"model": artifact.ref, **config.model_dump(mode="json", exclude={"space"})})
-        results = _measure(config, settings, artifact, name)
+        results = _measure(config, artifact, registry, name)
         found, limit_s = choose([_setting(config, result) for result in results], config.candidates[0], config.rule)
         print_settings(found)
         chosen = next(setting for setting in found if setting.is_chosen)
@@ -77,8 +78,9 @@ def choose(settings: list[Setting], baseline: str, rule: RuleConfig) -> tuple[li
     return [replace(s, on_front=i in on_front, is_chosen=i == chosen) for i, s in enumerate(settings)], limit_s
 
 
-def _measure(config: SamplingSweepConfig, settings: Settings, artifact: Artifact, name: str) -> list[Any]:
+def _measure(config: SamplingSweepConfig, artifact: Artifact, registry: Registry, name: str) -> list[Any]:
     """The finished trials' results, in order."""
+    settings = registry.settings
     cluster = connect(settings)
     bundle = {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}
     check_placement(cluster, [bundle], wanted_by="the sampling sweep", remedy="Set cpus_per_actor and gpus_per_actor lower")
@@ -102,7 +104,8 @@ def _measure(config: SamplingSweepConfig, settings: Settings, artifact: Artifact
         show=_shown,
         reuse_actors=True,
     )
-    trainable = tune.with_parameters(SamplingTrial, sweep=config, artifact=artifact, settings=settings)
+    known = KnownVersions(registry.lineage(artifact.ref), settings)
+    trainable = tune.with_parameters(SamplingTrial, sweep=config, artifact=artifact, registry=known)
     outcome = run_sweep(sweep, tune.with_resources(trainable, {key: value for key, value in bundle.items() if value}), searcher)
     print(f"{len(outcome.results)} settings in {outcome.seconds:.0f} s{' (resumed)' if outcome.resumed else ''}", flush=True)
     return [result for result in outcome.results if result.error is None and "quality" in (result.metrics or {})]

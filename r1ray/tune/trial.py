@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from statistics import fmean
 from typing import Any
@@ -15,7 +16,6 @@ from r1ray.errors import TuningError
 from r1ray.evaluate.config import EvaluateConfig
 from r1ray.evaluate.runner import evaluate
 from r1ray.registry import Registry
-from r1ray.settings import Settings
 from r1ray.tune.config import SamplingSweepConfig
 from r1ray.types import Artifact, Sampling
 
@@ -25,10 +25,10 @@ __all__ = ["Bench", "SamplingTrial"]
 class Bench:
     """The model, its engine and the evaluation set, loaded once; `measure` answers the set with one setting."""
 
-    def __init__(self, config: SamplingSweepConfig, artifact: Artifact, settings: Settings) -> None:
+    def __init__(self, config: SamplingSweepConfig, artifact: Artifact, registry: Registry) -> None:
         start = time.monotonic()
         self._config = config
-        self._registry = Registry(settings)
+        self._registry = registry
         self._artifact = artifact
         self._conversations = read_conversations(config.evaluation_data).conversations
         # Nothing may wait for a slot, or waiting would be measured as the setting's latency.
@@ -66,9 +66,9 @@ class Bench:
 class SamplingTrial(tune.Trainable):
     """Ray Tune's view of a Bench: one step per setting; the actor and its model are kept for the next one."""
 
-    def setup(self, config: dict[str, Any], sweep: SamplingSweepConfig, artifact: Artifact, settings: Settings) -> None:
+    def setup(self, config: dict[str, Any], sweep: SamplingSweepConfig, artifact: Artifact, registry: Registry) -> None:
         self._base = sweep.base
-        self._bench = Bench(sweep, artifact, settings)
+        self._bench = Bench(sweep, artifact, registry)
         self.reset_config(config)
 
     def step(self) -> dict[str, Any]:
@@ -79,4 +79,6 @@ class SamplingTrial(tune.Trainable):
         return True
 
     def cleanup(self) -> None:
+        """The process ends after this. Ray's SIGTERM handler would raise in the middle of freeing the model: a traceback in the log."""
         self._bench.close()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
