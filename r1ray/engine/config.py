@@ -23,15 +23,28 @@ class EngineConfig(Config):
     """How one replica generates. The same settings serve chat, evaluation and sampling sweeps."""
 
     type: Literal["torch", "fake"] = Field(default="torch", description="torch: the in-house engine; fake: echoes the prompt's ids.")
-    num_slots: int = Field(default=8, ge=1, le=512, description="Streams that decode together; each holds one row of the KV cache.")
+    backend: Literal["auto", "native", "transformers"] = Field(
+        default="auto",
+        description="Of the in-house engine. native: compiled CPU kernels (Llama, Qwen2, Qwen3 on AVX-512); transformers: any model and "
+        "device; auto: native where it can run.",
+    )
+    num_slots: int = Field(default=8, ge=1, le=512, description="Streams that run together.")
     max_waiting: int = Field(default=256, ge=0, description="Requests that may wait for a slot; one more is refused (QueueFull).")
     max_context: int | None = Field(default=None, ge=2, description="Prompt plus answer in tokens; null is the model's own limit.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Of weights and KV cache; auto is bfloat16 where the processor multiplies it natively."
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+        default="auto",
+        description="What weights are held in. int8: weights and activations, native backend only; auto: bfloat16 where the processor "
+        "multiplies it natively, else float32.",
     )
     device: str = Field(default="auto", description="torch device: cpu, cuda, cuda:1; auto takes a GPU when there is one.")
     num_threads: int | None = Field(default=None, ge=1, description="Threads inside one operation; null: all cores it may use.")
     prefill_chunk: int = Field(
         default=256, ge=1, description="Prompt tokens computed per step beside the running streams: less is smoother, more is faster."
+    )
+    prefix_cache: bool = Field(default=True, description="Keep what prompts that begin alike have computed.")
+    kv_cache_gb: float | None = Field(
+        default=None,
+        gt=0,
+        description="Memory for keys and values; null: what num_slots full contexts need, at most a share of what is free.",
     )
     fake: FakeConfig = Field(default_factory=FakeConfig, description="Only for type fake.")

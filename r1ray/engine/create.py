@@ -1,26 +1,33 @@
-"""From an artifact and a config to an engine, not yet started. The one place that knows which engines exist."""
+"""From an artifact and a config to an engine, not yet started. The one place that knows which engines and backends exist."""
 
 from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
 
 import psutil
 
+from r1ray.engine.backend import BLOCK_SIZE
 from r1ray.engine.config import EngineConfig
 from r1ray.engine.protocol import Engine
 from r1ray.errors import UnsupportedModel
 from r1ray.types import Artifact
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
+    from r1ray.engine.backend import Backend
+    from r1ray.engine.native.model import Tensors
+    from r1ray.engine.native.weights import Precision
     from r1ray.registry import Registry
 
-__all__ = ["choose_device", "choose_threads", "create_engine"]
+__all__ = ["choose_device", "choose_threads", "create_engine", "num_kv_blocks"]
 
 log = logging.getLogger(__name__)
+
+KV_SHARE = {"cpu": 0.15, "cuda": 0.8}  # of the free memory, where the config does not say
 
 
 def create_engine(artifact: Artifact, config: EngineConfig, registry: Registry, *, model: PreTrainedModel | None = None) -> Engine:
@@ -30,7 +37,7 @@ def create_engine(artifact: Artifact, config: EngineConfig, registry: Registry, 
         model: The artifact's model when it is in memory already. The engine takes it over: call it directly no more.
 
     Raises:
-        UnsupportedModel: no engine of that type can run this kind of artifact.
+        UnsupportedModel: no engine of that type can run this kind of artifact, or the chosen backend cannot.
     """
     if config.type == "fake":
         from r1ray.engine.fake import FakeEngine
@@ -38,25 +45,138 @@ def create_engine(artifact: Artifact, config: EngineConfig, registry: Registry, 
         return FakeEngine(config, context_length=artifact.manifest.context_length)
     if artifact.manifest.kind == "onnx":
         raise UnsupportedModel(f"{artifact.ref} is an ONNX export; the torch engine runs weights. Take one of its parents.")
-    return _torch_engine(artifact, config, registry, model)
+    from transformers import AutoConfig
+
+    from r1ray.model.load import base_of
+
+    directory = base_of(artifact, registry).path if artifact.manifest.kind == "adapter" else artifact.path
+    shape = AutoConfig.from_pretrained(directory) if model is None else model.config
+    limit = artifact.manifest.context_length
+    config = config.model_copy(
+        update={"max_context": min(config.max_context or limit, limit), "num_threads": choose_threads(config.num_threads)}
+    )
+    return _batching(artifact, config, registry, shape, model, _eos_ids(artifact, directory, shape))
 
 
-def _torch_engine(artifact: Artifact, config: EngineConfig, registry: Registry, model: PreTrainedModel | None) -> Engine:
-    from r1ray.engine.torch import TorchEngine
-    from r1ray.model.load import load_model, load_tokenizer
+def _batching(
+    artifact: Artifact,
+    config: EngineConfig,
+    registry: Registry,
+    shape: PretrainedConfig,
+    model: PreTrainedModel | None,
+    eos_token_ids: list[int],
+) -> Engine:
+    from r1ray.engine.batching import BatchingEngine
+
+    precision = _native_precision(config, shape)
+    if precision is not None:
+        backend = _native(artifact, config, registry, shape, model, precision)
+    else:
+        backend = _transformers(artifact, config, registry, model)
+    return BatchingEngine(backend, config, context_length=artifact.manifest.context_length, eos_token_ids=eos_token_ids)
+
+
+def _native_precision(config: EngineConfig, shape: PretrainedConfig) -> Precision | None:
+    """What the native backend shall hold the weights in; None when another backend runs the model. Says why."""
+    from r1ray.engine.native import build
+    from r1ray.engine.native.model import refusal
+
+    precision: Precision = "bfloat16" if config.dtype == "auto" else config.dtype
+    if config.backend == "transformers":
+        why: str | None = "engine.backend says transformers"
+    elif choose_device(config.device) != "cpu":
+        why = f"the device is {choose_device(config.device)}"
+    else:
+        why = build.why_not() or refusal(shape, precision)
+    if why is None:
+        log.info("engine backend: native, %s", precision)
+        return precision
+    if config.backend == "native":
+        raise UnsupportedModel(f"engine.backend=native cannot run this model here: {why}. Set engine.backend=auto.")
+    if config.dtype == "int8":
+        raise UnsupportedModel(f"engine.dtype=int8 needs the native backend, which does not run here: {why}. Set engine.dtype=auto.")
+    log.info("engine backend: transformers (%s)", why)
+    return None
+
+
+def _native(
+    artifact: Artifact,
+    config: EngineConfig,
+    registry: Registry,
+    shape: PretrainedConfig,
+    model: PreTrainedModel | None,
+    precision: Precision,
+) -> Backend:
+    from r1ray.engine.native.model import NativeModel, NativeOptions, Shape, kv_bytes_per_token
+
+    assert config.max_context is not None and config.num_threads is not None, "create_engine has filled them in"
+    bytes_per_token = kv_bytes_per_token(Shape.of(shape), precision)
+    options = NativeOptions(
+        precision=precision,
+        num_blocks=num_kv_blocks(config, bytes_per_token, "cpu"),
+        context=config.max_context,
+        num_threads=config.num_threads,
+    )
+    return NativeModel(shape, _tensors(artifact, registry, model, "float32" if precision == "float32" else "auto"), options)
+
+
+def _tensors(artifact: Artifact, registry: Registry, model: PreTrainedModel | None, dtype: Literal["float32", "auto"]) -> Tensors:
+    """The files themselves where they are what is wanted; a loaded or merged model's otherwise."""
+    from r1ray.engine.native.model import checkpoint_tensors
+    from r1ray.model.load import load_model
+
+    if model is None and artifact.manifest.kind != "adapter":
+        return checkpoint_tensors(artifact.path)
+    loaded = load_model(artifact, registry=registry, dtype=dtype) if model is None else model
+    return loaded.state_dict().get
+
+
+def _transformers(artifact: Artifact, config: EngineConfig, registry: Registry, model: PreTrainedModel | None) -> Backend:
+    import torch
+
+    from r1ray.engine.paged import TransformersBackend, kv_bytes_per_token
+    from r1ray.model.load import load_model
 
     if model is None:
-        model = load_model(artifact, registry=registry, dtype=config.dtype, device=choose_device(config.device))
-    eos = _eos_ids(model, load_tokenizer(artifact).eos_token_id)
-    limit = artifact.manifest.context_length
-    chosen = {"max_context": min(config.max_context or limit, limit), "num_threads": choose_threads(config.num_threads)}
-    return TorchEngine(model, config.model_copy(update=chosen), eos_token_ids=eos)
+        dtype = cast(Literal["auto", "float32", "bfloat16"], config.dtype)
+        model = load_model(artifact, registry=registry, dtype=dtype, device=choose_device(config.device))
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    num_blocks = num_kv_blocks(config, kv_bytes_per_token(model.config, model.dtype), model.device.type)
+    return TransformersBackend(model, num_blocks=num_blocks)
 
 
-def _eos_ids(model: PreTrainedModel, of_tokenizer: int | None) -> list[int]:
-    """The generation config's and the tokenizer's: a chat model's end-of-turn token is often in only one of them."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+def num_kv_blocks(config: EngineConfig, bytes_per_token: int, device: str) -> int:
+    """Blocks of the KV cache: `kv_cache_gb`, or enough for every slot's full context within a share of the free memory."""
+    block = bytes_per_token * BLOCK_SIZE
+    assert config.max_context is not None
+    wanted = config.num_slots * -(-config.max_context // BLOCK_SIZE) + 1
+    room = config.kv_cache_gb * 1e9 if config.kv_cache_gb else KV_SHARE.get(device, 0.5) * _free_bytes(device)
+    num = max(2, min(wanted, int(room // block)))
+    if num < wanted:
+        tokens, gigabytes = num * BLOCK_SIZE, num * block / 1e9
+        log.info("KV cache: %d tokens in %.2f GB, for %d slots of %d", tokens, gigabytes, config.num_slots, config.max_context)
+    return num
+
+
+def _free_bytes(device: str) -> int:
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _eos_ids(artifact: Artifact, directory: Path, shape: PretrainedConfig) -> list[int]:
+    """The generation config's, the model config's and the tokenizer's: a chat model's end-of-turn token is often in only one of them."""
+    from r1ray.model.checkpoint import read_json
+    from r1ray.model.load import load_tokenizer
+
+    file = directory / "generation_config.json"
+    configured = read_json(file).get("eos_token_id") if file.is_file() else None
+    configured = shape.eos_token_id if configured is None else configured
     ids = [configured] if isinstance(configured, int) else list(configured or [])
+    of_tokenizer = load_tokenizer(artifact).eos_token_id
     return sorted({*ids, *([] if of_tokenizer is None else [of_tokenizer])})
 
 
@@ -66,9 +186,7 @@ def choose_device(wanted: str) -> str:
 
     if wanted != "auto":
         return wanted
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    log.info("engine device: %s (%s)", device, "a GPU is visible" if device == "cuda" else "no GPU is visible")
-    return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def choose_threads(wanted: int | None) -> int:

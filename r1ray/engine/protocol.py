@@ -9,17 +9,19 @@ business (the in-house engine, a fake; later stages of a pipeline, ONNX, vLLM).
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 from r1ray.types import Sampling
 
-__all__ = ["Engine", "EngineState", "EngineStats", "FinishReason", "GenerationRequest", "TokenChunk"]
+__all__ = ["Engine", "EngineState", "EngineStats", "FinishReason", "GenerationRequest", "Mask", "TokenChunk", "TokenLogprobs"]
 
 FinishReason = Literal["stop", "length", "abort"]
 EngineState = Literal["new", "running", "draining", "stopped", "failed"]
+Mask = Callable[[Sequence[int]], Sequence[int] | None]
+"""A grammar: tokens drawn so far -> ids that may come next, None when all may. Runs in the engine's thread: it must be quick."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,8 @@ class GenerationRequest:
 
     `stop_token_ids` end the answer in addition to the model's own end-of-text ids; `ignore_eos` disregards both. `min_tokens` keeps
     both from being drawn before that many tokens. A lower `priority` starts sooner; equal ones start in order of arrival.
+    `logit_bias` is added to the logits of its token ids. `num_logprobs` asks for those of each token and of so many likeliest ones.
+    Only requests with the same `cache_salt` (a tenant's, say) share computed prefixes.
     """
 
     id: str
@@ -38,6 +42,22 @@ class GenerationRequest:
     priority: int = 0
     ignore_eos: bool = False
     min_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    num_logprobs: int | None = None
+    cache_salt: str = ""
+    mask: Mask | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities after penalties and bias, before temperature and filters (OpenAI's meaning).
+
+    `top` are the likeliest tokens, most likely first, as many as `num_logprobs` asked for.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +72,7 @@ class TokenChunk:
     finish_reason: FinishReason | None
     num_prompt_tokens: int
     num_cached_tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +86,15 @@ class EngineStats:
     num_waiting: int
     max_waiting: int
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     num_generated_tokens: int = 0
     num_finished: int = 0
     num_aborted: int = 0
     num_failed: int = 0
+    num_preempted: int = 0
     num_steps: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
     error: str | None = None
 
 

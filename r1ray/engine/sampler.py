@@ -1,7 +1,7 @@
 """From logits to one token per stream. Rows are independent: what shares the batch changes nothing.
 
-Order: minimum length, penalties, temperature, top_k, top_p, min_p, draw. Every stream draws with its own random numbers, so a seed
-gives the same tokens in any company (as far as the logits are the same: see docs on bfloat16).
+Order: bias, grammar mask, penalties, minimum length, temperature, top_k, top_p, min_p, draw. Every stream draws with its own random
+numbers, so a seed gives the same tokens in any company (as far as the logits are the same: see docs on bfloat16).
 
 Shapes: R rows, V vocabulary, C candidates.
 """
@@ -10,16 +10,26 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from r1ray.engine.protocol import TokenLogprobs
 from r1ray.engine.scheduler import Stream
 from r1ray.types import Sampling
 
-__all__ = ["Penalties", "new_rng", "sample"]
+__all__ = ["Drawn", "Penalties", "new_rng", "sample"]
 
 NUM_CANDIDATES = 256  # sorting these is cheap; a row whose nucleus is larger is sorted whole
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A stream's next token, with its log-probabilities when they were asked for."""
+
+    token: int
+    logprobs: TokenLogprobs | None = None
 
 
 class Penalties:
@@ -48,28 +58,41 @@ def new_rng(sampling: Sampling) -> random.Random:
     return random.Random(sampling.seed)
 
 
-def sample(logits_RV: Tensor, streams: Sequence[Stream]) -> list[int | None]:
+def sample(logits_RV: Tensor, streams: Sequence[Stream]) -> list[Drawn | None]:
     """One token per row; None where the row's logits are not finite. May overwrite the logits."""
-    greedy = all(_is_plain_greedy(s) for s in streams)
-    logits_RV = logits_RV if greedy else logits_RV.float()
-    if not greedy:
-        for row, stream in enumerate(streams):
+    logits_RV = logits_RV if all(_is_plain_greedy(s) for s in streams) else logits_RV.float()
+    for row, stream in enumerate(streams):
+        if not _is_plain_greedy(stream):
             _constrain(logits_RV[row], stream)
     best_R, token_R = logits_RV.max(dim=-1)
     finite = torch.isfinite(best_R).tolist()
     tokens: list[int | None] = [t if ok else None for t, ok in zip(token_R.tolist(), finite, strict=True)]
-    drawn = [i for i, s in enumerate(streams) if s.request.sampling.temperature > 0 and finite[i]]
-    if drawn:
-        for row, token in zip(drawn, _draw(logits_RV[drawn], [streams[i] for i in drawn]), strict=True):
+    random_rows = [i for i, s in enumerate(streams) if s.request.sampling.temperature > 0 and finite[i]]
+    if random_rows:
+        for row, token in zip(random_rows, _draw(logits_RV[random_rows], [streams[i] for i in random_rows]), strict=True):
             tokens[row] = token
-    for stream, drawn_token in zip(streams, tokens, strict=True):
-        if stream.penalties is not None and drawn_token is not None:
-            stream.penalties.add(drawn_token)
-    return tokens
+    return [_booked(logits_RV, row, token, stream) for row, (token, stream) in enumerate(zip(tokens, streams, strict=True))]
+
+
+def _booked(logits_RV: Tensor, row: int, token: int | None, stream: Stream) -> Drawn | None:
+    if token is None:
+        return None
+    if stream.penalties is not None:
+        stream.penalties.add(token)
+    num = stream.request.num_logprobs
+    return Drawn(token, None if num is None else _logprobs(logits_RV[row], token, num))
+
+
+def _logprobs(logits_V: Tensor, token: int, num: int) -> TokenLogprobs:
+    logprob_V = logits_V.double().log_softmax(-1)
+    values, ids = logprob_V.topk(num)
+    return TokenLogprobs(token=token, logprob=float(logprob_V[token]), top=tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def _is_plain_greedy(stream: Stream) -> bool:
-    return stream.request.sampling.temperature == 0 and not _has_penalty(stream.request.sampling) and not stream.request.min_tokens
+    request = stream.request
+    special = request.min_tokens or request.logit_bias or request.mask or _has_penalty(request.sampling)
+    return request.sampling.temperature == 0 and not special
 
 
 def _has_penalty(sampling: Sampling) -> bool:
@@ -77,13 +100,20 @@ def _has_penalty(sampling: Sampling) -> bool:
 
 
 def _constrain(logits_V: Tensor, stream: Stream) -> None:
-    """Minimum length and penalties, in place."""
-    sampling = stream.request.sampling
-    if _has_penalty(sampling):
+    """Bias, grammar, minimum length and penalties, in place."""
+    request = stream.request
+    if request.logit_bias:
+        ids, bias = zip(*request.logit_bias, strict=True)
+        logits_V[list(ids)] += torch.tensor(bias, device=logits_V.device)
+    if request.mask is not None and (allowed := request.mask(stream.generated)) is not None:
+        kept = logits_V[list(allowed)]
+        logits_V.fill_(-torch.inf)
+        logits_V[list(allowed)] = kept
+    if _has_penalty(request.sampling):
         if stream.penalties is None:
             stream.penalties = Penalties(stream, logits_V.shape[0], logits_V.device)
-        stream.penalties.apply(logits_V, sampling)
-    if len(stream.generated) < stream.request.min_tokens and stream.stop_ids:
+        stream.penalties.apply(logits_V, request.sampling)
+    if len(stream.generated) < request.min_tokens and stream.stop_ids:
         logits_V[list(stream.stop_ids)] = -torch.inf
 
 

@@ -1,7 +1,8 @@
-"""Who computes what in the next step: continuous batching over a fixed number of slots.
+"""Who computes what in the next step: continuous batching with chunked prefill over a pool of KV blocks.
 
-Knows no torch and no threads. A stream's slot is its rank in `decoding + prefilling`, so the decoding rows of the KV cache are always
-the first ones and attention reads them as a view. What that costs: when a stream leaves, the last decoding row moves into its place.
+A stream is waiting, or running with a list of blocks; what is left to compute of it decides what it does: one token is decoding, more is
+prefill. A stream that finds no block for its next token takes them from the one that came last, which waits again and computes anew
+later (preemption): nobody fails for want of memory. Knows no torch and no threads.
 """
 
 from __future__ import annotations
@@ -9,34 +10,60 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from r1ray.engine.backend import BLOCK_SIZE
+from r1ray.engine.blocks import BlockPool, prefix_keys
 from r1ray.engine.mailbox import Mailbox
 from r1ray.engine.protocol import FinishReason, GenerationRequest, TokenChunk
 
-__all__ = ["Group", "Move", "Scheduler", "Segment", "Stream"]
+__all__ = ["Scheduler", "Segment", "Stream"]
 
 IDLE_CHUNK_FACTOR = 4  # with nobody decoding there is nobody to stall, and large products use the processor better
 
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """One accepted request on its way. `num_computed` counts the leading tokens whose keys and values are in the cache."""
+    """One accepted request on its way. `num_computed` counts the leading tokens whose keys and values are in its `blocks`.
+
+    `keys` are those of its leading full blocks as far as they were needed; `num_cached` counts prompt tokens that were found computed.
+    """
 
     request: GenerationRequest
     mailbox: Mailbox[TokenChunk | Exception]
     max_tokens: int
     stop_ids: frozenset[int]
     num_computed: int = 0
+    num_cached: int = 0
     generated: list[int] = field(default_factory=list)
     rng: random.Random = field(default_factory=random.Random)
     penalties: Any = None
+    blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    arrival: int = 0
 
     @property
-    def last_token(self) -> int:
-        return self.generated[-1] if self.generated else self.request.prompt_ids[-1]
+    def num_tokens(self) -> int:
+        """Prompt and answer so far."""
+        return len(self.request.prompt_ids) + len(self.generated)
+
+    @property
+    def num_pending(self) -> int:
+        return self.num_tokens - self.num_computed
+
+    def ids(self, start: int, num: int) -> list[int]:
+        """Tokens [start, start + num) of prompt and answer."""
+        prompt = self.request.prompt_ids
+        inside = len(prompt)
+        if start >= inside:
+            return self.generated[start - inside : start - inside + num]
+        return [*prompt[start : start + num], *self.generated[: max(0, start + num - inside)]]
+
+    @property
+    def salt(self) -> str:
+        """What must be equal for two streams to share blocks."""
+        return f"{self.request.adapter or ''}\0{self.request.cache_salt}"
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -48,115 +75,142 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Prompt tokens [start, start + num) of a stream, to be computed in `slot`."""
+    """Tokens [start, start + num) of a stream, to be computed in this step; its blocks hold them all."""
 
     stream: Stream
-    slot: int
     start: int
     num: int
 
     @property
     def completes(self) -> bool:
-        return self.start + self.num == len(self.stream.request.prompt_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """One forward pass: the streams of one adapter. `slots[i]` is the row of `decode[i]`."""
-
-    adapter: str | None
-    decode: list[Stream]
-    slots: list[int]
-    segments: list[Segment]
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """Copy the first `num` positions of cache row `source` to row `target`."""
-
-    source: int
-    target: int
-    num: int
+        """After it nothing of the stream is left to compute, so its next token is drawn."""
+        return self.start + self.num == self.stream.num_tokens
 
 
 class Scheduler:
-    """Waiting, prefilling, decoding; a stream is in exactly one of them until `remove`."""
+    """`num_slots` bounds how many streams run together; the pool bounds how long they may all be."""
 
-    def __init__(self, *, num_slots: int, prefill_chunk: int) -> None:
+    def __init__(self, *, num_slots: int, prefill_chunk: int, pool: BlockPool, prefix_cache: bool = True) -> None:
         self.num_slots = num_slots
         self.prefill_chunk = prefill_chunk
-        self.decoding: list[Stream] = []
-        self.prefilling: list[Stream] = []
+        self.pool = pool
+        self.prefix_cache = prefix_cache
+        self.running: list[Stream] = []  # by arrival: the last one is the first to give way
+        self.num_preempted = 0
         self._waiting: list[tuple[int, int, Stream]] = []
+        self._planned: dict[Stream, Segment] = {}  # of the step being planned; who is preempted leaves it
         self._arrivals = itertools.count()
 
     @property
     def num_running(self) -> int:
-        return len(self.decoding) + len(self.prefilling)
+        return len(self.running)
 
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
     def add(self, stream: Stream) -> None:
-        heapq.heappush(self._waiting, (stream.request.priority, next(self._arrivals), stream))
+        stream.arrival = next(self._arrivals)
+        self._wait(stream)
 
-    def plan(self) -> list[Group]:
-        """Fill free slots from the queue, then say what the step computes, grouped by adapter."""
-        while self._waiting and self.num_running < self.num_slots:
-            self.prefilling.append(heapq.heappop(self._waiting)[2])
-        groups: dict[str | None, Group] = {}
-        for slot, stream in enumerate(self.decoding):
-            group = _group_of(groups, stream)
-            group.decode.append(stream)
-            group.slots.append(slot)
-        for segment in self._segments():
-            _group_of(groups, segment.stream).segments.append(segment)
-        return list(groups.values())
+    def plan(self) -> list[Segment]:
+        """What the step computes: a token for every decoding stream, then prompts within the budget, oldest first."""
+        self._planned.clear()
+        for stream in list(self.running):
+            if stream.num_pending == 1:
+                self._compute(stream, 1)
+        budget = self.prefill_chunk * (1 if self._planned else IDLE_CHUNK_FACTOR)
+        for stream in list(self.running):
+            if stream.num_pending > 1 and budget > 0:
+                budget -= self._compute(stream, budget)
+        while budget > 0 and (admitted := self._admit()):
+            budget -= self._compute(admitted, budget)
+        return list(self._planned.values())
 
-    def _segments(self) -> Iterator[Segment]:
-        """Oldest prompts first, so that they complete in order and take the slots right after the decoding ones."""
-        budget = self.prefill_chunk * (1 if self.decoding else IDLE_CHUNK_FACTOR)
-        for slot, stream in enumerate(self.prefilling, start=len(self.decoding)):
-            num = min(budget, len(stream.request.prompt_ids) - stream.num_computed)
-            if num <= 0:
-                return
-            yield Segment(stream, slot, stream.num_computed, num)
-            budget -= num
+    def computed(self, segment: Segment) -> None:
+        """The segment's keys and values are in the cache; its full blocks become findable."""
+        stream = segment.stream
+        stream.num_computed = segment.start + segment.num
+        if self.prefix_cache:
+            self._extend_keys(stream, stream.num_computed)
+            first = segment.start // BLOCK_SIZE
+            for block, key in zip(stream.blocks[first:], stream.keys[first : stream.num_computed // BLOCK_SIZE], strict=False):
+                self.pool.publish(block, key)
 
-    def complete_prefill(self, stream: Stream) -> None:
-        """Its first token is drawn: it decodes from now on, in the slot it has."""
-        assert self.prefilling[0] is stream, "prompts complete in slot order"
-        self.decoding.append(self.prefilling.pop(0))
-
-    def remove(self, stream: Stream) -> list[Move]:
-        """Forget the stream; the moves that close the gap it leaves, to be done in order."""
-        if stream in self.decoding:
-            return self._remove_decoding(self.decoding.index(stream))
-        if stream in self.prefilling:
-            index = self.prefilling.index(stream)
-            self.prefilling.pop(index)
-            return self._shift(index)
+    def remove(self, stream: Stream) -> None:
+        """Forget the stream, wherever it is; its blocks are free."""
+        if stream in self.running:
+            self.running.remove(stream)
+            self._release(stream)
+            return
         self._waiting = [entry for entry in self._waiting if entry[2] is not stream]
         heapq.heapify(self._waiting)
-        return []
 
-    def _remove_decoding(self, index: int) -> list[Move]:
-        last = self.decoding.pop()
-        moves = []
-        if index < len(self.decoding):
-            self.decoding[index] = last
-            moves = [Move(len(self.decoding), index, last.num_computed)]
-        return moves + self._shift(0)
+    def _wait(self, stream: Stream) -> None:
+        heapq.heappush(self._waiting, (stream.request.priority, stream.arrival, stream))
 
-    def _shift(self, index: int) -> list[Move]:
-        """Prefilling streams from `index` on have come one slot down; at most one of them has anything computed."""
-        first = len(self.decoding) + index
-        return [Move(first + i + 1, first + i, s.num_computed) for i, s in enumerate(self.prefilling[index:]) if s.num_computed]
+    def _compute(self, stream: Stream, most: int) -> int:
+        """Plan up to `most` tokens of a running stream; how many. None when it has given way, or must now."""
+        num = min(most, stream.num_pending)
+        if stream not in self.running or not self._reserve(stream, stream.num_computed + num):
+            return 0
+        self._planned[stream] = Segment(stream, stream.num_computed, num)
+        return num
 
+    def _admit(self) -> Stream | None:
+        """The next waiting stream, when a slot and blocks for all that it has to compute are free."""
+        if not self._waiting or len(self.running) >= self.num_slots:
+            return None
+        stream = self._waiting[0][2]
+        found = self._find(stream)
+        missing = -(-stream.num_tokens // BLOCK_SIZE) - len(found)
+        if missing > self.pool.num_free:
+            self.pool.release(found)
+            return None
+        heapq.heappop(self._waiting)
+        stream.blocks = found
+        stream.num_computed = len(found) * BLOCK_SIZE
+        stream.num_cached = max(stream.num_cached, min(stream.num_computed, len(stream.request.prompt_ids)))
+        self._run(stream)
+        return stream
 
-def _group_of(groups: dict[str | None, Group], stream: Stream) -> Group:
-    adapter = stream.request.adapter
-    if adapter not in groups:
-        groups[adapter] = Group(adapter, [], [], [])
-    return groups[adapter]
+    def _run(self, stream: Stream) -> None:
+        self.running.append(stream)
+        self.running.sort(key=lambda s: (s.request.priority, s.arrival))
+
+    def _find(self, stream: Stream) -> list[int]:
+        """Blocks of the beginning that are known; the last token is always computed, since its logits are wanted."""
+        if not self.prefix_cache:
+            return []
+        self._extend_keys(stream, stream.num_tokens)
+        return self.pool.find(stream.keys[: (stream.num_tokens - 1) // BLOCK_SIZE])
+
+    def _extend_keys(self, stream: Stream, num_tokens: int) -> None:
+        have = len(stream.keys)
+        if num_tokens // BLOCK_SIZE > have:
+            ids = stream.ids(0, num_tokens)
+            stream.keys.extend(prefix_keys(ids, stream.salt, first=have, parent=stream.keys[-1] if have else b""))
+
+    def _reserve(self, stream: Stream, num_tokens: int) -> bool:
+        """Blocks for the first `num_tokens` tokens, taken from later streams if need be; False when the stream itself gave way."""
+        missing = -(-num_tokens // BLOCK_SIZE) - len(stream.blocks)
+        while missing > 0 and (taken := self.pool.take(missing)) is None:
+            last = self.running[-1]
+            self._preempt(last)
+            if last is stream:
+                return False
+        if missing > 0 and taken is not None:
+            stream.blocks.extend(taken)
+        return True
+
+    def _preempt(self, stream: Stream) -> None:
+        self.running.remove(stream)
+        self._planned.pop(stream, None)
+        self._release(stream)
+        stream.num_computed = 0
+        self.num_preempted += 1
+        self._wait(stream)
+
+    def _release(self, stream: Stream) -> None:
+        self.pool.release(stream.blocks)
+        stream.blocks = []

@@ -18,6 +18,7 @@ from r1ray.engine.protocol import GenerationRequest, TokenChunk
 from r1ray.types import Sampling
 
 FAMILIES = ("tiny_llama", "tiny_qwen2", "tiny_deepseek_v3")
+NATIVE_FAMILIES = ("tiny_llama", "tiny_qwen2", "tiny_qwen3")
 
 
 def lively(directory: Path) -> Any:
@@ -41,6 +42,37 @@ def _lively(directory: Path) -> Any:
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
+
+
+def native() -> Any:
+    """The parameter `native`, skipped with the reason where the compiled kernels do not run."""
+    from r1ray.engine.native import build
+
+    return pytest.param("native", marks=pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not())))
+
+
+@pytest.fixture(params=["tiny_llama/transformers", "tiny_deepseek_v3/transformers", *(f"{name}/native" for name in NATIVE_FAMILIES)])
+def placed(request: pytest.FixtureRequest) -> tuple[Path, str]:
+    """A family and a backend that runs it."""
+    from r1ray.engine.native import build
+
+    family, backend = request.param.split("/")
+    if backend == "native" and (why := build.why_not()):
+        pytest.skip(why)
+    return request.getfixturevalue(family), backend
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen3: norms on queries and keys."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=64, vocab_size=640, max_position_embeddings=512, tie_word_embeddings=True))
+    model.save_pretrained(out := tmp_path_factory.mktemp("tiny_qwen3"))
+    return out
 
 
 @functools.cache
@@ -82,11 +114,26 @@ def wanted(
     return GenerationRequest(id=id, prompt_ids=prompt, sampling=Sampling(**settings), **rest)
 
 
-@contextlib.asynccontextmanager
-async def running(model: Any, *, eos: tuple[int, ...] = (), **settings: Any) -> AsyncIterator[Any]:
-    from r1ray.engine.torch import TorchEngine
+def engine_of(model: Any, *, eos: tuple[int, ...] = (), num_blocks: int = 64, dtype: str = "float32", **settings: Any) -> Any:
+    """An engine over `model`, on the backend that the settings name; transformers' modules by default."""
+    from r1ray.engine.batching import BatchingEngine
+    from r1ray.engine.native.model import NativeModel, NativeOptions
+    from r1ray.engine.paged import TransformersBackend
 
-    engine = TorchEngine(model, EngineConfig(num_threads=1, **settings), eos_token_ids=eos)
+    settings.setdefault("backend", "transformers")
+    config = EngineConfig(num_threads=1, dtype=dtype, **settings)
+    context = model.config.max_position_embeddings
+    if config.backend == "native":
+        options = NativeOptions(precision=dtype, num_blocks=num_blocks, context=context, num_threads=2)
+        backend: Any = NativeModel(model.config, model.state_dict().get, options)
+    else:
+        backend = TransformersBackend(model, num_blocks=num_blocks)
+    return BatchingEngine(backend, config, context_length=context, eos_token_ids=eos)
+
+
+@contextlib.asynccontextmanager
+async def running(model: Any, **settings: Any) -> AsyncIterator[Any]:
+    engine = engine_of(model, **settings)
     await engine.start()
     try:
         yield engine

@@ -45,12 +45,14 @@ def test_a_dying_engine_raises():
         generate_all(engine, requests(8))
 
 
-def test_the_torch_engine_serves_several_rounds(tiny_qwen2):
+def test_the_in_house_engine_serves_several_rounds(tiny_qwen2):
     from transformers import AutoModelForCausalLM
 
-    from r1ray.engine.torch import TorchEngine
+    from r1ray.engine.batching import BatchingEngine
+    from r1ray.engine.paged import TransformersBackend
 
-    engine = TorchEngine(AutoModelForCausalLM.from_pretrained(tiny_qwen2), EngineConfig(num_slots=4, num_threads=1), eos_token_ids=[])
+    backend = TransformersBackend(AutoModelForCausalLM.from_pretrained(tiny_qwen2), num_blocks=20)
+    engine = BatchingEngine(backend, EngineConfig(num_slots=4, num_threads=1), context_length=64)
     try:
         wanted = [GenerationRequest(id=f"r{i}", prompt_ids=(i + 1, 5), sampling=Sampling(temperature=0, max_tokens=4)) for i in range(10)]
         first, second = generate_all(engine, wanted), generate_all(engine, wanted)

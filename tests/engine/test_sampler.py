@@ -6,8 +6,9 @@ from collections import Counter
 import pytest
 import torch
 
+from r1ray.engine import sampler
 from r1ray.engine.protocol import GenerationRequest
-from r1ray.engine.sampler import Penalties, sample
+from r1ray.engine.sampler import Penalties
 from r1ray.engine.scheduler import Stream
 from r1ray.types import Sampling
 
@@ -16,6 +17,10 @@ def stream(seed=0, prompt=(1,), generated=(), stop=(), min_tokens=0, **settings)
     settings = {"temperature": 1.0, "top_p": 1.0, **settings}
     request = GenerationRequest(id="a", prompt_ids=prompt, sampling=Sampling(**settings), min_tokens=min_tokens)
     return Stream(request=request, mailbox=None, max_tokens=9, stop_ids=frozenset(stop), generated=list(generated), rng=random.Random(seed))
+
+
+def sample(logits, streams):
+    return [None if drawn is None else drawn.token for drawn in sampler.sample(logits, streams)]
 
 
 def support(probabilities, **settings):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib.util
+import math
 import random
 from contextlib import aclosing
 from pathlib import Path
@@ -21,8 +22,12 @@ collect, lively, prompts, running, tokens, until, wanted = (
 )  # fmt: skip
 
 
+BACKENDS = pytest.mark.parametrize("backend", ["transformers", kit.native()])
+
+
 @pytest.mark.parametrize("schedule", range(3))
-def test_greedy_tokens_equal_transformers_generate_in_any_company(family, reference, schedule):
+def test_greedy_tokens_equal_transformers_generate_in_any_company(placed, reference, schedule):
+    family, backend = placed
     rng = random.Random(schedule)
     asked = prompts(8)
     lengths = [rng.randint(1, 12) for _ in asked]
@@ -40,22 +45,68 @@ def test_greedy_tokens_equal_transformers_generate_in_any_company(family, refere
         return got
 
     async def scenario():
-        async with running(lively(family), num_slots=1 + schedule * 2, prefill_chunk=rng.choice([1, 7, 64])) as engine:
+        async with running(lively(family), backend=backend, num_slots=1 + schedule * 2, prefill_chunk=rng.choice([1, 7, 64])) as engine:
             return await asyncio.gather(*(one(engine, i) for i in range(len(asked))))
 
     for i, (got, right) in enumerate(zip(asyncio.run(scenario()), expected, strict=True)):
         assert got == (right[: len(got)] if i in leaves_early else right), f"stream {i}"
 
 
-def test_a_stream_outgrows_the_cache_and_keeps_its_tokens(tiny_qwen2, reference):
-    long, short = tuple(range(20, 270)), (5, 6, 7)  # the cache begins with 256 positions
-    expected = [reference(tiny_qwen2, long, 20), reference(tiny_qwen2, short, 12)]
+@BACKENDS
+def test_streams_that_outgrow_the_cache_take_turns_and_keep_their_tokens(tiny_qwen2, reference, backend):
+    """Five blocks of 32 positions for three streams that need three each: some are preempted and computed anew."""
+    asked = [tuple(range(20 + i, 60 + i)) for i in range(3)]
+    expected = [reference(tiny_qwen2, prompt, 50) for prompt in asked]
 
     async def scenario():
-        async with running(lively(tiny_qwen2), num_slots=2, prefill_chunk=50) as engine:
-            return await asyncio.gather(tokens(engine, wanted("a", long, max_tokens=20)), tokens(engine, wanted("b", short)))
+        async with running(lively(tiny_qwen2), backend=backend, num_slots=3, prefill_chunk=50, num_blocks=5) as engine:
+            wants = [tokens(engine, wanted(str(i), prompt, max_tokens=50)) for i, prompt in enumerate(asked)]
+            return await asyncio.gather(*wants), engine.stats()
 
-    assert asyncio.run(scenario()) == expected
+    got, stats = asyncio.run(scenario())
+    assert got == expected
+    assert stats.num_preempted > 0
+    assert stats.num_free_blocks == 5
+
+
+@BACKENDS
+def test_a_shared_beginning_is_computed_once_and_changes_no_token(tiny_llama, reference, backend):
+    shared = tuple(range(20, 120))
+    first, second = (*shared, 5, 6), (*shared, 7, 8, 9)
+    expected = [reference(tiny_llama, prompt, 12) for prompt in (first, second, second)]
+
+    async def scenario():
+        async with running(lively(tiny_llama), backend=backend, num_slots=2) as engine:
+            chunks = [await collect(engine, wanted("a", first))]
+            chunks.append(await collect(engine, wanted("b", second)))
+            chunks.append(await collect(engine, wanted("c", second, cache_salt="another tenant")))
+            return chunks, engine.stats()
+
+    answers, stats = asyncio.run(scenario())
+    assert [[t for chunk in answer for t in chunk.token_ids] for answer in answers] == expected
+    assert [answer[-1].num_cached_tokens for answer in answers] == [0, 96, 0]
+    assert stats.num_cached_tokens == 96
+
+
+def test_a_bias_a_mask_and_logprobs_act_on_their_request_only(tiny_llama, reference):
+    prompt = (5, 6, 7)
+    plain = reference(tiny_llama, prompt, 12)
+
+    async def scenario():
+        async with running(lively(tiny_llama), num_slots=4) as engine:
+            return await asyncio.gather(
+                collect(engine, wanted("plain", prompt, num_logprobs=3)),
+                collect(engine, wanted("biased", prompt, logit_bias=((77, 1e4),))),
+                collect(engine, wanted("masked", prompt, mask=lambda drawn: [30 + len(drawn)])),
+            )
+
+    answers = asyncio.run(scenario())
+    ids = [[t for chunk in answer for t in chunk.token_ids] for answer in answers]
+    assert ids == [plain, [77] * 12, list(range(30, 42))]
+    logprobs = [chunk.logprobs[0] for chunk in answers[0]]
+    assert [entry.token for entry in logprobs] == plain
+    assert all(entry.top[0] == (entry.token, entry.logprob) and len(entry.top) == 3 for entry in logprobs)
+    assert all(math.fsum(math.exp(value) for _, value in entry.top) <= 1 + 1e-9 for entry in logprobs)
 
 
 def test_two_streams_progress_together(tiny_llama):
@@ -233,12 +284,13 @@ def test_a_request_has_stop_tokens_of_its_own(tiny_llama, reference):
     assert [t for c in asyncio.run(scenario()) for t in c.token_ids] == answer[: answer.index(answer[2])]
 
 
-def test_a_seed_gives_the_same_tokens_alone_and_in_company(tiny_qwen2):
+@BACKENDS
+def test_a_seed_gives_the_same_tokens_alone_and_in_company(tiny_qwen2, backend):
     settings = {"seed": 7, "top_p": 0.9, "top_k": 50, "frequency_penalty": 0.5, "repetition_penalty": 1.1}
     mine = wanted("mine", (5, 6, 7), temperature=1.0, sampling=settings, max_tokens=20)
 
     async def scenario():
-        async with running(lively(tiny_qwen2), num_slots=5) as engine:
+        async with running(lively(tiny_qwen2), num_slots=5, backend=backend) as engine:
             alone = await tokens(engine, mine)
             others = [tokens(engine, wanted(str(i), p, temperature=0.7)) for i, p in enumerate(prompts(6))]
             crowded, *_ = await asyncio.gather(tokens(engine, mine), *others)
@@ -250,14 +302,15 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_company(tiny_qwen2):
     assert alone != other_seed
 
 
-def test_broken_logits_fail_one_request_only(tiny_llama, reference):
+@BACKENDS
+def test_broken_logits_fail_one_request_only(tiny_llama, reference, backend):
     good = (5, 6, 7)
     expected = reference(tiny_llama, good, 12)
     model = lively(tiny_llama)
     model.model.embed_tokens.weight.data[499] = float("nan")
 
     async def scenario():
-        async with running(model, num_slots=2) as engine:
+        async with running(model, num_slots=2, backend=backend) as engine:
             results = await asyncio.gather(
                 tokens(engine, wanted("bad", (499, 5))), tokens(engine, wanted("good", good)), return_exceptions=True
             )
@@ -310,10 +363,8 @@ def test_stop_drains_then_ends_the_rest(tiny_llama):
 
 
 def test_an_engine_that_was_not_started_says_so(tiny_llama):
-    from r1ray.engine.torch import TorchEngine
-
     with pytest.raises(EngineStopped, match="is new"):
-        asyncio.run(collect(TorchEngine(lively(tiny_llama)), wanted("a", (5,))))
+        asyncio.run(collect(kit.engine_of(lively(tiny_llama)), wanted("a", (5,))))
 
 
 def adapter(model_directory: Path, out: Path, seed: int) -> Path:
@@ -321,19 +372,20 @@ def adapter(model_directory: Path, out: Path, seed: int) -> Path:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(lively(model_directory), config).save_pretrained(out)
     return out
 
 
-def test_requests_of_different_adapters_run_together(tiny_qwen2, tmp_path, reference):
+@BACKENDS
+def test_requests_of_different_adapters_run_together(tiny_qwen2, tmp_path, reference, backend):
     paths = {name: adapter(tiny_qwen2, tmp_path / name, seed) for seed, name in enumerate(("one", "two"), start=1)}
     prompt = (5, 6, 7, 8)
     expected = {name: reference(tiny_qwen2, prompt, 12, path) for name, path in paths.items()}
     expected[None] = reference(tiny_qwen2, prompt, 12)
 
     async def scenario():
-        async with running(lively(tiny_qwen2), num_slots=4) as engine:
+        async with running(lively(tiny_qwen2), num_slots=4, backend=backend) as engine:
             running_before = asyncio.create_task(tokens(engine, wanted("base", prompt, max_tokens=60)))
             for name, path in paths.items():
                 await engine.load_adapter(name, path)

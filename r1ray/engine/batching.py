@@ -1,7 +1,7 @@
-"""The in-house engine: continuous batching of a transformers causal LM in one thread of its own.
+"""The in-house engine: continuous batching over a backend, in one thread of its own.
 
 Every step computes one token for each running stream and the next piece of the waiting prompts together, so streams join and leave at
-any step. Event loops talk to the thread through an inbox and get their chunks through mailboxes. Knows no text and no HTTP.
+any step. Event loops talk to the thread through an inbox and get their chunks through mailboxes. Knows no text, no HTTP, no model.
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import cast
 
 import torch
-from transformers import PreTrainedModel
 
 from r1ray.engine.admission import check_prompt, clipped_max_tokens
+from r1ray.engine.backend import BLOCK_SIZE, Backend, Piece
+from r1ray.engine.blocks import BlockPool
 from r1ray.engine.config import EngineConfig
 from r1ray.engine.mailbox import Mailbox, deliver
 from r1ray.engine.protocol import EngineState, EngineStats, FinishReason, GenerationRequest, TokenChunk
-from r1ray.engine.runner import ModelRunner
-from r1ray.engine.sampler import new_rng
-from r1ray.engine.scheduler import Scheduler, Stream
+from r1ray.engine.sampler import Drawn, new_rng, sample
+from r1ray.engine.scheduler import Scheduler, Segment, Stream
 from r1ray.errors import EngineStopped, GenerationFailed, InvalidRequest, QueueFull, UnknownAdapter
 
-__all__ = ["TorchEngine"]
+__all__ = ["BatchingEngine"]
 
 log = logging.getLogger(__name__)
 
@@ -39,18 +38,35 @@ JOIN_TIMEOUT_S = 60.0
 Post = list[tuple[Mailbox[TokenChunk | Exception], TokenChunk | Exception]]
 
 
-class TorchEngine:
-    """Takes a loaded model; `eos_token_ids` defaults to those of its generation config."""
+class BatchingEngine:
+    """Owns the backend. `context_length` is the model's; the KV cache may hold less than that, and then less is promised."""
 
-    capabilities: frozenset[str] = frozenset({"abort", "adapters", "chunked_prefill", "continuous_batching", "penalties", "seed"})
+    capabilities: frozenset[str] = frozenset(
+        {
+            "abort",
+            "adapters",
+            "chunked_prefill",
+            "continuous_batching",
+            "logit_bias",
+            "logprobs",
+            "masks",
+            "penalties",
+            "preemption",
+            "prefix_cache",
+            "seed",
+        }
+    )
 
-    def __init__(self, model: PreTrainedModel, config: EngineConfig | None = None, *, eos_token_ids: Sequence[int] | None = None) -> None:
-        self.config = config or EngineConfig()
-        longest = int(model.config.max_position_embeddings)
-        self.context_length = min(longest, self.config.max_context or longest)
-        self.eos_token_ids = frozenset(_eos_of(model) if eos_token_ids is None else eos_token_ids)
-        self._runner = ModelRunner(model, num_slots=self.config.num_slots)
-        self._scheduler = Scheduler(num_slots=self.config.num_slots, prefill_chunk=self.config.prefill_chunk)
+    def __init__(self, backend: Backend, config: EngineConfig, *, context_length: int, eos_token_ids: Sequence[int] = ()) -> None:
+        self.config = config
+        self.context_length = min(context_length, config.max_context or context_length, backend.num_blocks * BLOCK_SIZE)
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.precision = backend.precision
+        self._backend = backend
+        self._pool = BlockPool(backend.num_blocks)
+        self._scheduler = Scheduler(
+            num_slots=config.num_slots, prefill_chunk=config.prefill_chunk, pool=self._pool, prefix_cache=config.prefix_cache
+        )
         self._state: EngineState = "new"
         self._error: str | None = None
         self._lock = threading.Lock()
@@ -59,7 +75,7 @@ class TorchEngine:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="r1ray-engine", daemon=True)
         self._post: Post = []
-        self._counts = {"prompt": 0, "generated": 0, "finished": 0, "aborted": 0, "failed": 0, "steps": 0}
+        self._counts = {"prompt": 0, "cached": 0, "generated": 0, "finished": 0, "aborted": 0, "failed": 0, "steps": 0}
 
     # --- called from event loops -------------------------------------------------------------------------------------------------
 
@@ -123,18 +139,22 @@ class TorchEngine:
             num_waiting=max(0, num_open - num_running),
             max_waiting=self.config.max_waiting,
             num_prompt_tokens=self._counts["prompt"],
+            num_cached_tokens=self._counts["cached"],
             num_generated_tokens=self._counts["generated"],
             num_finished=self._counts["finished"],
             num_aborted=self._counts["aborted"],
             num_failed=self._counts["failed"],
+            num_preempted=self._scheduler.num_preempted,
             num_steps=self._counts["steps"],
+            num_blocks=self._pool.num_blocks,
+            num_free_blocks=self._pool.num_free,
             error=self._error,
         )
 
     def _submit(self, request: GenerationRequest) -> Stream:
-        check_prompt(request, context_length=self.context_length, vocab_size=self._runner.vocab_size)
-        if request.adapter is not None and request.adapter not in self._runner.adapters.names:
-            raise UnknownAdapter(f"No adapter {request.adapter!r} is loaded; loaded: {sorted(self._runner.adapters.names)}. Load it first.")
+        check_prompt(request, context_length=self.context_length, vocab_size=self._backend.vocab_size)
+        if request.adapter is not None and request.adapter not in self._backend.adapters:
+            raise UnknownAdapter(f"No adapter {request.adapter!r} is loaded; loaded: {sorted(self._backend.adapters)}. Load it first.")
         stream = Stream(
             request=request,
             mailbox=Mailbox(),
@@ -189,31 +209,33 @@ class TorchEngine:
             self._flush()
 
     def _step(self) -> None:
-        """1. plan  2. compute every adapter's group  3. book the tokens  4. post them, one wake-up per event loop.
-
-        Booking waits for all groups: a stream that ends moves others to new slots, and the plan names the old ones.
-        """
-        plan = self._scheduler.plan()
-        results = [result for group in plan for result in self._runner.step(group)]
-        completed = [s for group in plan for s in group.segments if s.completes]
-        for segment in sorted(completed, key=lambda s: s.slot):
-            self._scheduler.complete_prefill(segment.stream)
-            self._counts["prompt"] += len(segment.stream.request.prompt_ids)
-        for stream, token in results:
+        """1. plan  2. one forward pass  3. draw and book the tokens  4. post them, one wake-up per event loop."""
+        if not (plan := self._scheduler.plan()):
+            return
+        logits = self._backend.forward([_piece(segment) for segment in plan])
+        for segment in plan:
+            self._scheduler.computed(segment)
+        drawing = [segment.stream for segment in plan if segment.completes]
+        drawn = sample(logits, drawing) if drawing else []
+        for stream, token in zip(drawing, drawn, strict=True):
             self._book(stream, token)
         self._counts["steps"] += 1
         self._flush()
 
-    def _book(self, stream: Stream, token: int | None) -> None:
-        if token is None:
+    def _book(self, stream: Stream, drawn: Drawn | None) -> None:
+        if drawn is None:
             text = f"Request {stream.request.id}: the model's logits are not finite. Its weights or its adapter are damaged; evaluate them."
-            self._runner.clear(self._slot_of(stream))
+            self._pool.forget(stream.blocks)
+            self._backend.clear(stream.blocks)
             self._close(stream, GenerationFailed(text), "failed")
             return
-        stream.generated.append(token)
+        if not stream.generated:
+            self._counts["prompt"] += len(stream.request.prompt_ids)
+            self._counts["cached"] += stream.num_cached
+        stream.generated.append(drawn.token)
         self._counts["generated"] += 1
         reason = stream.finish_reason
-        chunk = _chunk(stream, () if reason == "stop" else (token,), reason)
+        chunk = _chunk(stream, reason) if reason == "stop" else _chunk(stream, reason, drawn)
         if reason is None:
             self._post.append((stream.mailbox, chunk))
         else:
@@ -221,11 +243,14 @@ class TorchEngine:
 
     def _abort(self, stream: Stream) -> None:
         if self._open.get(stream.request.id) is stream:
-            self._close(stream, _chunk(stream, (), "abort"), "aborted")
+            self._close(stream, _chunk(stream, "abort"), "aborted")
 
     def _load(self, done: Future[None], name: str, path: Path) -> None:
         try:
-            self._runner.adapters.load(name, path)
+            replaced = name in self._backend.adapters
+            self._backend.load_adapter(name, path)
+            if replaced:
+                self._pool.forget_all()
         except Exception as error:  # handed to whoever awaits it; the streams run on
             done.set_exception(error)
         else:
@@ -233,14 +258,11 @@ class TorchEngine:
         self._loads.discard(done)
 
     def _close(self, stream: Stream, last: TokenChunk | Exception, counter: str) -> None:
-        self._runner.move(self._scheduler.remove(stream))
+        self._scheduler.remove(stream)
         with self._lock:
             self._open.pop(stream.request.id, None)
         self._counts[counter] += 1
         self._post.append((stream.mailbox, last))
-
-    def _slot_of(self, stream: Stream) -> int:
-        return (self._scheduler.decoding + self._scheduler.prefilling).index(stream)
 
     def _flush(self) -> None:
         if self._post:
@@ -258,20 +280,33 @@ class TorchEngine:
         self._flush()
         for done in loads:
             done.set_exception(self._death())
+        self._backend.close()
 
 
-def _chunk(stream: Stream, tokens: tuple[int, ...], reason: FinishReason | None) -> TokenChunk:
+def _piece(segment: Segment) -> Piece:
+    stream = segment.stream
+    return Piece(
+        ids=stream.ids(segment.start, segment.num),
+        start=segment.start,
+        table=stream.blocks,
+        wants_logits=segment.completes,
+        adapter=stream.request.adapter,
+    )
+
+
+def _chunk(stream: Stream, reason: FinishReason | None, drawn: Drawn | None = None) -> TokenChunk:
     request = stream.request
-    return TokenChunk(request_id=request.id, token_ids=tokens, finish_reason=reason, num_prompt_tokens=len(request.prompt_ids))
+    return TokenChunk(
+        request_id=request.id,
+        token_ids=() if drawn is None else (drawn.token,),
+        finish_reason=reason,
+        num_prompt_tokens=len(request.prompt_ids),
+        num_cached_tokens=stream.num_cached,
+        logprobs=() if drawn is None or drawn.logprobs is None else (drawn.logprobs,),
+    )
 
 
 def _halt(inbox: queue.SimpleQueue[Callable[[], None] | None], thread: threading.Thread) -> None:
     """At interpreter exit: a thread inside torch while the interpreter goes down would abort the process."""
     inbox.put(None)
     thread.join(JOIN_TIMEOUT_S)
-
-
-def _eos_of(model: PreTrainedModel) -> list[int]:
-    eos = getattr(model.generation_config, "eos_token_id", None)
-    eos = model.config.eos_token_id if eos is None else eos
-    return [eos] if isinstance(eos, int) else cast(list[int], list(eos or []))
