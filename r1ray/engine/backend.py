@@ -24,13 +24,13 @@ class Piece:
     """Consecutive tokens of one stream in one pass.
 
     `table[i]` is the KV block of positions [32 i, 32 i + 32). `start` is the position of the first token: everything before it is in
-    the cache already. `wants_logits`: those after the piece's last token.
+    the cache already. `num_logits`: of how many of its last tokens the logits are wanted.
     """
 
     ids: Sequence[int]
     start: int
     table: Sequence[int]
-    wants_logits: bool
+    num_logits: int
     adapter: str | None = None
 
 
@@ -45,7 +45,7 @@ class Backend(Protocol):
     def adapters(self) -> frozenset[str]: ...
 
     def forward(self, pieces: Sequence[Piece]) -> Tensor:
-        """Compute all pieces in one pass: (W, vocab_size) logits, a row for each piece that wants them, in order."""
+        """Compute all pieces in one pass: (W, vocab_size) logits of the tokens that want them, in order."""
 
     def load_adapter(self, name: str, path: Path) -> None:
         """Take the PEFT directory at `path`; replaces an adapter of that name.

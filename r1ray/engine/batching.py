@@ -289,7 +289,7 @@ def _piece(segment: Segment) -> Piece:
         ids=stream.ids(segment.start, segment.num),
         start=segment.start,
         table=stream.blocks,
-        wants_logits=segment.completes,
+        num_logits=int(segment.completes),
         adapter=stream.request.adapter,
     )
 

@@ -8,6 +8,7 @@ Shapes: N packed tokens, R decoding rows, L longest row, H query heads, K key he
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -49,14 +50,15 @@ class TransformersBackend:
 
     def forward(self, pieces: Sequence[Piece]) -> Tensor:
         """One pass per adapter: PEFT's layers apply one adapter at a time."""
-        logits: dict[int, Tensor] = {}
+        logits: dict[int, list[Tensor]] = {}
         for adapter in {piece.adapter: None for piece in pieces}:
             chosen = [(number, piece) for number, piece in enumerate(pieces) if piece.adapter == adapter]
             chosen.sort(key=lambda entry: len(entry[1].ids) > 1)  # decoding rows first
             self._adapters.activate(adapter)
-            rows = self._pass([piece for _, piece in chosen])
-            logits |= zip((number for number, piece in chosen if piece.wants_logits), rows, strict=True)
-        return torch.stack([logits[number] for number in sorted(logits)]) if logits else torch.empty(0, self.vocab_size)
+            rows = iter(self._pass([piece for _, piece in chosen]))
+            logits |= {number: list(itertools.islice(rows, piece.num_logits)) for number, piece in chosen}
+        ordered = [row for number in sorted(logits) for row in logits[number]]
+        return torch.stack(ordered) if ordered else torch.empty(0, self.vocab_size)
 
     def load_adapter(self, name: str, path: Path) -> None:
         self._adapters.load(name, path)
@@ -69,8 +71,8 @@ class TransformersBackend:
 
     def _pass(self, pieces: Sequence[Piece]) -> Tensor:
         device = self._model.device
-        ends = torch.tensor([len(piece.ids) for piece in pieces]).cumsum(0) - 1
-        wanted = [end for end, piece in zip(ends.tolist(), pieces, strict=True) if piece.wants_logits]
+        ends = itertools.accumulate(len(piece.ids) for piece in pieces)
+        wanted = [i for end, piece in zip(ends, pieces, strict=True) for i in range(end - piece.num_logits, end)]
         layout = Layout(pieces, device)
         self._cache.begin(layout)
         output = self._model(

@@ -277,8 +277,7 @@ def _segments(pieces: Sequence[Piece], adapters: Sequence[int]) -> tuple[Any, Te
     for number, (piece, adapter) in enumerate(zip(pieces, adapters, strict=True)):
         segments[number] = structs.Segment(first, len(piece.ids), piece.start, number, adapter)
         first += len(piece.ids)
-        if piece.wants_logits:
-            outputs.append(first - 1)
+        outputs.extend(range(first - piece.num_logits, first))
     return segments, torch.tensor(outputs, dtype=torch.int32)
 
 

@@ -40,7 +40,7 @@ def logits_in_pieces(native, ids, cuts):
     """The logits after each piece of one sequence, whose blocks lie scattered."""
     table, rows, start = [7, 2, 11, 5, 19, 0, 3, 23], [], 0
     for end in [*cuts, len(ids)]:
-        rows.append(native.forward([Piece(ids=ids[start:end], start=start, table=table, wants_logits=True)])[0])
+        rows.append(native.forward([Piece(ids=ids[start:end], start=start, table=table, num_logits=1)])[0])
         start = end
     return torch.stack(rows)
 
@@ -61,6 +61,16 @@ def test_logits_equal_transformers_however_a_prompt_is_cut(cuts):
         right = model(torch.tensor([ids])).logits[0]
     got = logits_in_pieces(native_of(model), ids, cuts)
     torch.testing.assert_close(got, right[[end - 1 for end in [*cuts, len(ids)]]], rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+def test_every_token_of_a_piece_can_have_its_logits():
+    model, ids = model_of(), list(range(40))
+    with torch.no_grad():
+        right = model(torch.tensor([ids])).logits[0]
+    native = native_of(model)
+    pieces = [Piece(ids=ids, start=0, table=[0, 1], num_logits=40), Piece(ids=ids[:9], start=0, table=[2], num_logits=2)]
+    torch.testing.assert_close(native.forward(pieces), torch.cat([right, right[7:9]]), rtol=1e-4, atol=1e-4)
 
 
 @needs_kernels
@@ -110,8 +120,8 @@ def test_a_sequence_has_the_same_logits_in_any_company(precision):
     """To the last bit: what shares the pass decides no rounding."""
     native, rng = native_of(model_of(), precision), random.Random(4)
     sequences = [[rng.randrange(333) for _ in range(rng.choice([1, 5, 40]))] for _ in range(9)]
-    alone = [native.forward([Piece(ids=ids, start=0, table=[0, 1], wants_logits=True)])[0] for ids in sequences]
-    pieces = [Piece(ids=ids, start=0, table=[2 * i, 2 * i + 1], wants_logits=True) for i, ids in enumerate(sequences)]
+    alone = [native.forward([Piece(ids=ids, start=0, table=[0, 1], num_logits=1)])[0] for ids in sequences]
+    pieces = [Piece(ids=ids, start=0, table=[2 * i, 2 * i + 1], num_logits=1) for i, ids in enumerate(sequences)]
     together = native.forward(pieces)
     for row, right in zip(together, alone, strict=True):
         assert torch.equal(row, right)
@@ -120,7 +130,7 @@ def test_a_sequence_has_the_same_logits_in_any_company(precision):
 @needs_kernels
 def test_stages_hand_on_what_one_model_computes():
     model, ids = model_of(), list(range(50))
-    piece = Piece(ids=ids, start=0, table=[0, 1], wants_logits=True)
+    piece = Piece(ids=ids, start=0, table=[0, 1], num_logits=1)
     whole = native_of(model).forward([piece])
     stages = [native_of(model, layers=layers) for layers in ((0, 1), (1, 3))]
     torch.testing.assert_close(stages[1].stage([piece], stages[0].stage([piece], None)), whole)
@@ -134,7 +144,7 @@ def test_a_checkpoint_is_read_from_its_shards(tiny_llama):
     native = NativeModel(model.config, tensors, NativeOptions(precision="float32", num_blocks=2, context=64))
     with torch.no_grad():
         right = model(torch.tensor([[5, 6, 7]])).logits[0, -1:]
-    torch.testing.assert_close(native.forward([Piece(ids=[5, 6, 7], start=0, table=[0], wants_logits=True)]), right, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(native.forward([Piece(ids=[5, 6, 7], start=0, table=[0], num_logits=1)]), right, rtol=1e-4, atol=1e-4)
 
 
 def test_packed_int8_weights_are_the_rounded_ones():
