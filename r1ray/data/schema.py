@@ -2,6 +2,8 @@
 
 One row is one dialogue in seed 004's annotated form, plus `reasoning` and `source`. Entities are one JSON text per turn:
 a column type per entity would make the schema depend on the data, and a map would lose the values' types.
+
+A prepared set has columns more, which readers of dialogues may ignore: what a row is for and how it came to be.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import pyarrow as pa
 
 from r1ray.types import Annotations, Conversation, Message
 
-__all__ = ["SCHEMA", "canonical", "content_id", "data_hash", "from_table", "to_table"]
+__all__ = ["PREPARED", "SCHEMA", "canonical", "content_id", "data_hash", "from_table", "to_table"]
 
 _ANNOTATIONS = pa.struct([pa.field("intent", pa.string()), pa.field("entities", pa.string(), nullable=False)])
 _UTTERANCE = pa.struct(
@@ -31,6 +33,18 @@ SCHEMA = pa.schema(
         pa.field("conversation_id", pa.string(), nullable=False),
         pa.field("utterances", pa.list_(_UTTERANCE), nullable=False),
         pa.field("source", pa.string(), nullable=False),
+    ]
+)
+
+PREPARED = pa.schema(
+    [
+        *SCHEMA,
+        pa.field("role", pa.string(), nullable=False),  # domain, out_of_domain or history
+        pa.field("language", pa.string(), nullable=False),
+        pa.field("chars", pa.int32(), nullable=False),  # of all turns
+        pa.field("badness", pa.float32()),  # what the quality model said
+        pa.field("origin", pa.string(), nullable=False),  # id of the row that it was made from; its own id where nothing was made
+        pa.field("operations", pa.string(), nullable=False),  # JSON list, empty where nothing was made: augment.provenance undoes it
     ]
 )
 

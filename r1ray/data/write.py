@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +16,12 @@ import pyarrow.parquet as pq
 
 from r1ray.data.records import Reject
 from r1ray.data.schema import to_table
+from r1ray.errors import DiskFull
 from r1ray.types import Conversation
 
-__all__ = ["write_parquet", "write_rejects"]
+__all__ = ["staging", "write_parquet", "write_rejects"]
+
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def write_parquet(conversations: Sequence[Conversation], path: Path) -> Path:
@@ -32,6 +37,32 @@ def write_rejects(rejects: Sequence[Reject], path: Path) -> Path:
     with _replacing(path) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
     return path
+
+
+@contextmanager
+def staging(directory: Path) -> Iterator[Path]:
+    """A hidden directory in `directory` whose files take their places there, all together, when the block succeeds.
+
+    Raises:
+        DiskFull: the block ran out of room; nothing of it stays.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(dir=directory, prefix=".prepare-"))
+        try:
+            yield staged
+            for path in sorted(staged.iterdir()):
+                if path.is_dir() and (directory / path.name).is_dir():
+                    shutil.rmtree(directory / path.name)
+                path.replace(directory / path.name)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+    except OSError as error:
+        if error.errno in _NO_ROOM or "No space left" in str(error):
+            raise DiskFull(
+                f"No room to write in {directory}: {error}. Nothing was left there. Free some, or set out to another disk."
+            ) from error
+        raise
 
 
 @contextmanager

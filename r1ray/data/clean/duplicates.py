@@ -119,7 +119,8 @@ class NearDuplicates:
         keys = (bands * factors).sum(axis=2, dtype=np.uint64) + salts + groups[:, None] * np.uint64(0x9E3779B97F4A7C15)
         keys ^= keys >> np.uint64(29)
         keys *= np.uint64(0xBF58476D1CE4E5B9)
-        return keys ^ (keys >> np.uint64(32))
+        result: U64 = keys ^ (keys >> np.uint64(32))
+        return result
 
     def _store(self, brief: U8) -> None:
         needed = self._num_rows + len(brief)

@@ -47,10 +47,9 @@ class SourceConfig(Config):
 
 
 class DocumentsConfig(Config):
-    """PDF, Word, HTML and Markdown files to Markdown (seed 004: structured parsing of documents)."""
+    """PDF, Word, HTML and Markdown files to Markdown in documents/ beside the output (seed 004: structured parsing of documents)."""
 
     sources: tuple[Path, ...] = Field(default=(), description="Files or directories; .pdf, .docx, .html, .htm, .md, .markdown, .txt.")
-    out: Path | None = Field(default=None, description="Directory of the Markdown; null: documents/ beside the output.")
     dialogues: bool = Field(default=False, description="Also make a question and answer of every section, as domain rows.")
     max_garbage_share: Share = Field(default=0.05, description="Share of mangled characters above which a document is rejected.")
 
@@ -71,7 +70,9 @@ class NearDuplicateConfig(Config):
     threshold: float = Field(default=0.8, gt=0, le=1, description="Estimated Jaccard similarity from which a row repeats an earlier one.")
     num_hashes: int = Field(default=128, ge=8, le=512, description="Numbers in a signature: its error is about 1 / sqrt of it.")
     num_bands: int = Field(default=16, ge=1, description="Bands a signature is cut into; candidates share one. More find more, slower.")
-    compare: Literal["dialogue", "questions"] = Field(default="dialogue", description="Which turns are compared.")
+    compare: Literal["auto", "dialogue", "questions"] = Field(
+        default="auto", description="Which turns are compared; auto: the questions where the answer is labelled, else all."
+    )
     shingle: int | None = Field(default=None, ge=1, description="Characters per shingle; null: 3 in Chinese, 5 in English text.")
 
     @model_validator(mode="after")
@@ -86,6 +87,7 @@ class QualityConfig(Config):
 
     threshold: float = Field(default=0.85, gt=0, le=1, description="Confidence of being bad from which a row is dropped; seed 004: 0.85.")
     marks: Path | None = Field(default=None, description="Dialogues marked good or bad, to train it on; null: the shipped one.")
+    model: Path | None = Field(default=None, description="quality.json of an earlier run with marks; null: the shipped one.")
     mark_column: str = Field(default="quality", min_length=1, description="Column of the marks: good or bad, 1 or 0, true or false.")
 
 
@@ -150,6 +152,8 @@ class MixConfig(Config):
 
     @model_validator(mode="after")
     def _rising(self) -> Self:
+        if self.domain_share + self.out_of_domain_share > 1 and self.stages is None:
+            raise ValueError(f"domain_share={self.domain_share:g} and out_of_domain_share={self.out_of_domain_share:g} are more than 1")
         steps = [step for step, _ in self.stages or ()]
         if self.stages is not None and (not steps or steps[0] != 0 or steps != sorted(set(steps))):
             raise ValueError(f"stages must begin at step 0 and rise, got {steps}")

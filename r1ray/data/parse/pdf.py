@@ -1,0 +1,227 @@
+"""PDF to Markdown from what a PDF has: characters with boxes. Headings are lines in larger type, tables are lines whose parts align.
+
+A PDF knows neither words nor lines nor headings. Lines are pdfium's; what is larger than most of the text is a heading, and two or
+more lines in a row that fall into the same columns are a table. Running heads and page numbers, the same on most pages, are left out.
+Bold headings in the size of the text stay text.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from r1ray.data.parse.markdown import table
+from r1ray.errors import UnknownFormat
+
+__all__ = ["pdf_to_markdown"]
+
+_HEADING_SCALE = 1.15  # of the body's type
+_LONGEST_HEADING = 120
+_COLUMN_GAP = 1.6  # line heights between two parts of a line
+_RUNNING_SHARE = 0.6  # of the pages
+_FEWEST_PAGES = 4  # below it nothing tells a running head from text
+_HAN_END = re.compile(r"[\u3000-\u9fff\uff00-\uffef]$")
+_SENTENCE_END = re.compile(r"[.!?。！？:：;；]$")
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """One line: its parts as (left edge, text), its place on the page, its type's height."""
+
+    parts: tuple[tuple[float, str], ...]
+    top: float
+    bottom: float
+    right: float
+    height: float
+
+    @property
+    def text(self) -> str:
+        return " ".join(text for _, text in self.parts)
+
+
+def pdf_to_markdown(path: Path) -> str:
+    """Text, headings and tables in reading order as the file has it.
+
+    Raises:
+        UnknownFormat: encrypted or broken.
+    """
+    pages = _pages(path)
+    body = _body_height(pages)
+    levels = _levels(pages, body)
+    running = _running(pages)
+    blocks: list[str] = []
+    for page in pages:
+        lines = [line for line in page if _anonymous(line.text) not in running]
+        blocks += _blocks(lines, body, levels)
+    return "\n\n".join(blocks)
+
+
+def _pages(path: Path) -> list[list[_Line]]:
+    import pypdfium2 as pdfium
+
+    try:
+        document = pdfium.PdfDocument(path)
+        try:
+            return [list(_lines(page.get_textpage())) for page in document]
+        finally:
+            document.close()
+    except pdfium.PdfiumError as error:
+        advice = "Remove its password first." if "assword" in str(error) else "Print it to a new PDF."
+        raise UnknownFormat(f"{path} is no readable PDF: {error}. {advice}") from error
+
+
+def _lines(page: Any) -> Iterator[_Line]:
+    """pdfium puts line breaks and blanks between the characters where the page has room; the boxes say how much."""
+    from pypdfium2 import raw
+
+    box, handle = raw.FS_RECTF(), page.raw
+    chars: list[tuple[str, float, float, float, float]] = []
+    for index in range(page.count_chars()):
+        code = raw.FPDFText_GetUnicode(handle, index)
+        if code in (0x0D, 0x0A):
+            yield from _line(chars)
+            chars = []
+            continue
+        if code in (0, 0xFFFE, 0x02):  # pdfium's mark of a hyphen at the line's end
+            code = 0x2D if code != 0 else 0xFFFD
+        char = chr(code) if not 0xD800 <= code <= 0xDFFF else "\ufffd"
+        if raw.FPDFText_GetLooseCharBox(handle, index, ctypes.byref(box)):
+            chars.append((char, box.left, box.right, box.bottom, box.top))
+        elif chars:
+            chars.append((char, chars[-1][2], chars[-1][2], chars[-1][3], chars[-1][4]))
+    yield from _line(chars)
+
+
+def _line(chars: Sequence[tuple[str, float, float, float, float]]) -> Iterator[_Line]:
+    solid = [char for char in chars if not char[0].isspace()]
+    if not solid:
+        return
+    height = Counter(round(top - bottom, 1) for _, _, _, bottom, top in solid).most_common(1)[0][0]
+    parts: list[tuple[float, str]] = []
+    text, left, right = "", solid[0][1], solid[0][1]
+    for char, start, end, _, _ in chars:
+        if char.isspace():
+            text += " " if text and not text.endswith(" ") else ""
+            continue
+        if text and start - right > _COLUMN_GAP * max(height, 1):
+            parts.append((left, text.strip()))
+            text = ""
+        if not text:
+            left = start
+        text += char
+        right = end
+    parts.append((left, text.strip()))
+    yield _Line(tuple(parts), max(c[4] for c in solid), min(c[3] for c in solid), right, height)
+
+
+def _body_height(pages: Sequence[Sequence[_Line]]) -> float:
+    heights: Counter[float] = Counter()
+    for page in pages:
+        for line in page:
+            heights[line.height] += len(line.text)
+    return heights.most_common(1)[0][0] if heights else 1.0
+
+
+def _levels(pages: Sequence[Sequence[_Line]], body: float) -> dict[float, int]:
+    """Height of type -> heading level; sizes that differ by less than 5 % are one."""
+    sizes = sorted({line.height for page in pages for line in page if _is_heading(line, body)}, reverse=True)
+    levels: dict[float, int] = {}
+    level, last = 0, float("inf")
+    for size in sizes:
+        if size < 0.95 * last:
+            level, last = min(level + 1, 6), size
+        levels[size] = level
+    return levels
+
+
+def _is_heading(line: _Line, body: float) -> bool:
+    text = line.text
+    return line.height >= _HEADING_SCALE * body and len(text) <= _LONGEST_HEADING and any(c.isalpha() for c in text)
+
+
+def _running(pages: Sequence[Sequence[_Line]]) -> set[str]:
+    """First and last lines that most pages share, their numbers apart."""
+    if len(pages) < _FEWEST_PAGES:
+        return set()
+    seen: Counter[str] = Counter()
+    for page in pages:
+        seen.update({_anonymous(line.text) for line in (*page[:2], *page[-2:])})
+    return {text for text, number in seen.items() if number >= _RUNNING_SHARE * len(pages)}
+
+
+def _anonymous(text: str) -> str:
+    return re.sub(r"\d+|\b[ivxlc]+\b", "#", text.strip())
+
+
+def _blocks(lines: Sequence[_Line], body: float, levels: dict[float, int]) -> list[str]:
+    """Headings, tables and paragraphs of one page."""
+    blocks: list[str] = []
+    paragraph: list[_Line] = []
+    place = 0
+    while place < len(lines):
+        num_rows = _table_rows(lines[place:])
+        heading = _is_heading(lines[place], body)
+        if paragraph and (num_rows or heading or _starts_paragraph(paragraph[-1], lines[place], lines)):
+            blocks.append(_joined(paragraph))
+            paragraph = []
+        if num_rows:
+            blocks.append(table(_aligned(lines[place : place + num_rows])))
+            place += num_rows
+            continue
+        if heading:
+            blocks.append(f"{'#' * levels[lines[place].height]} {lines[place].text}")
+        else:
+            paragraph.append(lines[place])
+        place += 1
+    return [*blocks, _joined(paragraph)] if paragraph else blocks
+
+
+def _table_rows(lines: Sequence[_Line]) -> int:
+    """How many lines from here on are rows of one table; 0 when the first is none."""
+    first = lines[0]
+    if len(first.parts) < 2:
+        return 0
+    edges = [left for left, _ in first.parts]
+    num_rows = 1
+    for line in lines[1:]:
+        fits = len(line.parts) >= 2 and all(any(abs(left - edge) < 1.5 * first.height for edge in edges) for left, _ in line.parts)
+        if not fits or abs(line.height - first.height) > 0.3 * first.height:
+            break
+        num_rows += 1
+    return num_rows if num_rows > 1 else 0
+
+
+def _aligned(lines: Sequence[_Line]) -> list[list[str]]:
+    """Every part in the column that begins nearest."""
+    edges = [left for left, _ in max(lines, key=lambda line: len(line.parts)).parts]
+    rows = []
+    for line in lines:
+        row = [""] * len(edges)
+        for left, text in line.parts:
+            column = min(range(len(edges)), key=lambda place: abs(edges[place] - left))
+            row[column] = f"{row[column]} {text}".strip()
+        rows.append(row)
+    return rows
+
+
+def _starts_paragraph(before: _Line, line: _Line, lines: Sequence[_Line]) -> bool:
+    """A gap of more than half a line, or a sentence that ended well before the right edge."""
+    gap = before.bottom - line.top
+    ended_early = before.right < max(other.right for other in lines) - 4 * before.height
+    return gap > 0.6 * before.height or gap < -3 * before.height or (ended_early and _SENTENCE_END.search(before.text) is not None)
+
+
+def _joined(lines: Sequence[_Line]) -> str:
+    """Lines of a paragraph; Chinese lines join without a blank, hyphenated words without the hyphen."""
+    text = lines[0].text
+    for line in lines[1:]:
+        if re.search(r"[a-z]-$", text) and line.text[:1].islower():
+            text = text[:-1] + line.text
+        else:
+            text += ("" if _HAN_END.search(text) else " ") + line.text
+    return text
