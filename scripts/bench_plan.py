@@ -150,6 +150,7 @@ def predicted(case: Case, artifact: Artifact, length: int, supervised: float) ->
 
 def show(rows: list[Row]) -> None:
     table = Table("training", "longest", "loss share", "predicted GiB", "measured GiB", "error")
+    table.columns[0].no_wrap = True
     for row in rows:
         name = row.case + (" (fitted)" if row.case in {case.name for case in FITTED} else "")
         figures = f"{row.predicted / GIB:.2f}", f"{row.measured / GIB:.2f}", f"{row.error:+.1%}"

@@ -83,8 +83,8 @@ async def reading(engine: Engine, limits: Limits, prompt: int) -> Sample:
 
 async def beside(engine: Engine, rows: int, prompt: int) -> Sample:
     """A prompt that arrives while `rows` streams decode: from the last token before it to its own first token."""
-    running = asyncio.gather(*(stream(engine, 64, 60, 100 + seed) for seed in range(rows)))
-    await asyncio.sleep(0.6)
+    running = asyncio.gather(*(stream(engine, 64, 30, 100 + seed) for seed in range(rows)))
+    await asyncio.sleep(0.5)
     late = await stream(engine, prompt, 1, 999)
     streams = await running
     begin = max((when for each in streams for when in each.times if when <= late.sent), default=late.sent)
@@ -98,8 +98,8 @@ async def probes(engine: Engine, limits: Limits) -> list[Sample]:
     """Steps over the range that the workload will use."""
     most = limits.num_slots
     some = (1, max(1, most // 2), most)
-    samples = [await decoding(engine, num, prompt, 16) for num in some for prompt in (32, 200)]
-    samples += [await reading(engine, limits, prompt) for prompt in (16, 100, 200, 400)]
+    samples = [await decoding(engine, num, prompt, 14) for num in some for prompt in (32, 200)]
+    samples += [await reading(engine, limits, prompt) for prompt in (16, 100, 200)]
     return samples + [await beside(engine, num, prompt) for num in (*some[:2], most - 1) for prompt in (60, 200)]
 
 
@@ -174,7 +174,7 @@ async def run(engine: Engine, limits: Limits, loads: list[float], requests: int)
 
 
 def workload(rate: float, requests: int) -> Trace:
-    return poisson(rate=rate, num=requests, prompt="16-200", answer="8-48", seed=7)
+    return poisson(rate=rate, num=requests, prompt="16-160", answer="8-32", seed=7)
 
 
 def requests_per_s(cost: StepCost, limits: Limits) -> float:
@@ -189,7 +189,7 @@ def cost_of(cost: StepCost, sample: Sample) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loads", default="0.4,0.75", help="shares of the engine's capacity that arrive, comma-separated")
-    parser.add_argument("--requests", type=int, default=60, help="per load")
+    parser.add_argument("--requests", type=int, default=40, help="per load")
     parser.add_argument("--slots", type=int, default=8, help="engine.num_slots")
     parser.add_argument("--idle-factor", type=int, default=4, help="prompt pieces that an idle engine reads in one step")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")

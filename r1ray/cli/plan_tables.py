@@ -82,18 +82,20 @@ def _memory(plan: TrainingPlan) -> Table:
     table = _table(f"per GPU of {plan.pool.num} x {plan.pool.name}", "GiB", "")
     batch = f"{wish.micro_batch_size} x {wish.length} tokens"
     checkpointed = "checkpointed" if wish.checkpointing else "all kept"
-    split = "" if plan.pool.num == 1 else f"split over {plan.pool.num}"
-    rows = (
-        ("weights", memory.weights, f"{plan.total / 1e9:.2f} B in {wish.dtype}" + (f", {split}" if wish.zero_stage == 3 else "")),
-        ("gradients", memory.gradients, f"of {_millions(plan.trainable)} trained" + (f", {split}" if wish.zero_stage >= 2 else "")),
-        ("optimizer", memory.optimizer, f"float32 master and AdamW, {wish.offload} offloaded" + (f", {split}" if wish.zero_stage else "")),
+    split = "" if plan.pool.num == 1 else f", split over {plan.pool.num}"
+    rows = [
+        ("weights", memory.weights, f"{plan.total / 1e9:.2f} B in {wish.dtype}" + (split if wish.zero_stage == 3 else "")),
+        ("gradients", memory.gradients, f"of {_millions(plan.trainable)} trained" + (split if wish.zero_stage >= 2 else "")),
+        ("optimizer", memory.optimizer, f"float32 master and AdamW, {wish.offload} offloaded" + (split if wish.zero_stage else "")),
         ("buckets", memory.buckets, "DeepSpeed's communication buffers"),
         ("activations", memory.activations.kept, f"{batch}, {wish.attention} attention, {checkpointed}"),
         ("output layer", memory.activations.logits, f"logits of {wish.supervised_share:.0%} of the positions, and their gradient"),
         ("one layer's work", memory.activations.working, "in the backward pass"),
         ("optimizer step", memory.step, "float32 gradients, after the activations"),
         ("overhead", memory.overhead, "context, libraries, communication"),
-    )
+    ]
+    if memory.slack:
+        rows.append(("allocator", memory.slack, "lost between the activations"))
     for name, size, note in rows:
         table.add_row(name, f"{size / GIB:.2f}", note)
     table.add_row("peak", f"{memory.peak / GIB:.2f}", f"of {plan.usable / GIB:.1f} usable", style="bold" if plan.fits else "bold red")
