@@ -31,8 +31,12 @@ def conflicts(questions: U64, answers: U64, priorities: npt.NDArray[np.uint8], r
     found: dict[int, Conflict] = {}
     order = np.lexsort((answers, priorities, questions))
     questions, answers, priorities = questions[order], answers[order], priorities[order]
-    starts = np.flatnonzero(np.r_[True, questions[1:] != questions[:-1]]) if len(questions) else np.empty(0, np.int64)
-    for start, end in zip(starts, np.r_[starts[1:], len(questions)], strict=True):
+    if not len(questions):
+        return found
+    starts = np.flatnonzero(np.r_[True, questions[1:] != questions[:-1]])
+    ends = np.r_[starts[1:], len(questions)]
+    several = ends - starts > 1
+    for start, end in zip(starts[several], ends[several], strict=True):
         group = answers[start:end]
         if (group == group[0]).all():
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import re
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,6 +14,10 @@ from r1ray.data.demo import demo_conversations
 from r1ray.types import Conversation, Message
 
 __all__ = ["CORRUPTIONS", "corrupted", "marked_dialogues"]
+
+
+_ABBREVIATIONS = ("HTML", "ATM", "App", "SMS", "PIN", "IBAN", "VIP", "APR", "GDP", "CPU")
+_SHORT = ("Yes.", "No.", "OK", "Done.", "42", "好的。", "可以。", "不可以。", "是的", "x = 3", "Paris", "北京")
 
 
 def marked_dialogues(split: Split, *, seed: int = 0) -> tuple[list[Conversation], list[bool]]:
@@ -35,7 +40,7 @@ def corrupted(conversation: Conversation, kind: str, rng: random.Random) -> Conv
 
 
 def _forms(conversation: Conversation, rng: random.Random) -> list[Conversation]:
-    """The dialogue as it is, with a plain reply, with several replies as one long text, and as a question and a label."""
+    """The dialogue as it is, and with other sound answers: a plain reply, a long text, a list, a table, a word, a label."""
     *_, question, answer = conversation.messages
     head, _, reply = answer.content.partition("\n")
     intent = answer.annotations.intent if answer.annotations and answer.annotations.intent else "other"
@@ -47,6 +52,9 @@ def _forms(conversation: Conversation, rng: random.Random) -> list[Conversation]
         "long": "\n\n".join([*replies, *others]),
         "list": "\n".join(f"{number}. {text}".rstrip(".。") for number, text in enumerate([*replies, *others], start=1)),
         "table": "\n".join(["| # | x |", "|---|---|", *(f"| {number} | {text} |" for number, text in enumerate(replies, start=1))]),
+        "short": re.split(r"(?<=[，,。.])", reply)[0],
+        "mixed": f"{rng.choice(_ABBREVIATIONS)}{'' if rng.random() < 0.5 else ' '}{reply}",
+        "yes": rng.choice(_SHORT),
         "label": intent.replace("_", " "),
     }
     turns = (*conversation.messages[:-2], question)

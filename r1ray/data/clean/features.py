@@ -91,7 +91,7 @@ def _row(question: str, answer: str) -> tuple[float, ...]:
         _distinct(answer),
         len(set(words)) / max(len(words), 1) if len(words) > 8 else 1.0,
         min(max((len(run[0]) for run in _RUN.finditer(answer)), default=0), 20) / 20,
-        _overlap(fragments, _fragments(question.rstrip().rpartition("\n")[2])),
+        0.0 if is_short and tail not in _ENDS else _overlap(fragments, _fragments(question.rstrip().rpartition("\n")[2])),  # labels echo
         float(tail in _ENDS),
         float(_breaks_off(answer, tail)),
         float(any(answer.count(left) != answer.count(right) for left, right in _BRACKETS)),

@@ -1,7 +1,7 @@
 """Personal data in dialogues by rules, each value replaced by the same text wherever it occurs. Names only where annotated.
 
     id_card    18 characters of a Chinese resident identity card (GB 11643-1999): a real birth date and the right check character
-    bank_card  13 to 19 digits, blanks and hyphens allowed, that pass Luhn's check (ISO/IEC 7812)
+    bank_card  13 to 19 digits of a bank's number range, blanks and hyphens allowed, that pass Luhn's check (ISO/IEC 7812)
     mobile     a mobile number of mainland China, with or without +86
     email      name@host.domain
     name       the values of entities that are names
@@ -26,6 +26,7 @@ __all__ = ["Masker", "is_bank_card", "is_id_card"]
 
 _ID_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
 _ID_CHECKS = "10X98765432"
+_BANKS = re.compile(r"[3-6]|2[2-7]\d{14}$|9558|0{6}")  # 0: our own pseudonyms
 _CUE = re.compile(r"@|\d(?:[ -]?\d){9}")  # nothing that is masked lacks it: most texts are left at once
 _PATTERNS = {
     "email": re.compile(r"[A-Za-z0-9](?:[\w.+-]{0,63})@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![A-Za-z0-9])", re.ASCII),
@@ -47,9 +48,9 @@ def is_id_card(text: str) -> bool:
 
 
 def is_bank_card(text: str) -> bool:
-    """13 to 19 digits that pass Luhn's check, and are not one digit over and over."""
+    """13 to 19 digits that begin as banks' numbers do and pass Luhn's check, which one order number in ten would pass as well."""
     digits = [int(c) for c in text if c.isdecimal()]
-    if not 13 <= len(digits) <= 19 or len(set(digits)) == 1:
+    if not 13 <= len(digits) <= 19 or len(set(digits)) == 1 or not _BANKS.match("".join(map(str, digits))):
         return False
     return _luhn_sum(digits) % 10 == 0
 
@@ -175,8 +176,8 @@ def _false_id_card(digest: str) -> str:
 
 
 def _false_bank_card(digest: str) -> str:
-    """Begins with 0, which no issuer does; passes Luhn's check."""
-    body = "0" + _decimal(digest, 14)
+    """Begins with 000000, which no issuer does; passes Luhn's check."""
+    body = "000000" + _decimal(digest, 9)
     digits = [int(c) for c in body]
     return body + str(-_luhn_sum([*digits, 0]) % 10)
 
