@@ -1,6 +1,6 @@
 """Is the simulator right? Step costs measured on the real engine, then one workload simulated and played for real, side by side.
 
-    python scripts/bench_simulator.py [--loads 0.4,0.75] [--requests 60] [--slots 8] [--json FILE]
+    python scripts/bench_simulator.py [--loads 0.4,0.75] [--seconds 30] [--slots 8] [--json FILE]
 
 Uses the engine through r1ray.engine.protocol alone: what a step costs is worked out from the times at which tokens arrive. The bundled
 model generates on this machine; end of turn is ignored, so that lengths are those of the workload. Exit code 1 when a median of TTFT
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import time
 from contextlib import aclosing
@@ -30,6 +31,7 @@ from r1ray.types import Sampling
 
 console = Console(highlight=False)
 ALLOWED = 0.2
+number_of_prompts = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,11 @@ class Stream:
         return (self.times[-1] - self.times[0]) / (len(self.times) - 1) if len(self.times) > 1 else float("nan")
 
 
-async def stream(engine: Engine, prompt: int, answer: int, seed: int) -> Stream:
-    ids = tuple(1000 + (7919 * seed + 13 * place) % 20000 for place in range(prompt))  # nothing to share between prompts
+async def stream(engine: Engine, prompt: int, answer: int) -> Stream:
+    rng = np.random.default_rng(next(number_of_prompts))
+    ids = tuple(int(each) for each in rng.integers(1000, 20000, prompt))  # nothing to share between prompts
     sampling = Sampling(temperature=0, max_tokens=answer)
-    request = GenerationRequest(id=f"{time.monotonic_ns()}-{seed}", prompt_ids=ids, sampling=sampling, ignore_eos=True)
+    request = GenerationRequest(id=f"{time.monotonic_ns()}-{ids[0]}", prompt_ids=ids, sampling=sampling, ignore_eos=True)
     sent, times = time.perf_counter(), []
     async with aclosing(engine.generate(request)) as chunks:
         async for chunk in chunks:
@@ -60,7 +63,7 @@ async def stream(engine: Engine, prompt: int, answer: int, seed: int) -> Stream:
 
 
 async def together(engine: Engine, num: int, prompt: int, answer: int) -> list[Stream]:
-    return list(await asyncio.gather(*(stream(engine, prompt, answer, seed) for seed in range(num))))
+    return list(await asyncio.gather(*(stream(engine, prompt, answer) for _ in range(num))))
 
 
 async def decoding(engine: Engine, rows: int, prompt: int, answer: int) -> Sample:
@@ -76,16 +79,16 @@ async def decoding(engine: Engine, rows: int, prompt: int, answer: int) -> Sampl
 
 async def reading(engine: Engine, limits: Limits, prompt: int) -> Sample:
     """A prompt on an idle engine."""
-    alone = await stream(engine, prompt, 1, prompt)
+    alone = await stream(engine, prompt, 1)
     pieces = -(-prompt // (limits.prefill_chunk * limits.idle_factor))
     return Sample(seconds=alone.ttft, prefill_tokens=prompt, steps=pieces)
 
 
 async def beside(engine: Engine, rows: int, prompt: int) -> Sample:
     """A prompt that arrives while `rows` streams decode: from the last token before it to its own first token."""
-    running = asyncio.gather(*(stream(engine, 64, 30, 100 + seed) for seed in range(rows)))
+    running = asyncio.gather(*(stream(engine, 64, 30) for _ in range(rows)))
     await asyncio.sleep(0.5)
-    late = await stream(engine, prompt, 1, 999)
+    late = await stream(engine, prompt, 1)
     streams = await running
     begin = max((when for each in streams for when in each.times if when <= late.sent), default=late.sent)
     steps = max(1, *(sum(begin < when <= late.times[0] + 1e-4 for when in each.times) for each in streams))
@@ -108,7 +111,7 @@ async def play(engine: Engine, trace: Trace) -> tuple[list[Stream], float]:
 
     async def later(number: int) -> Stream:
         await asyncio.sleep(max(0.0, float(trace.arrivals[number]) - (time.perf_counter() - begin)))
-        return await stream(engine, int(trace.prompts[number]), int(trace.answers[number]), number)
+        return await stream(engine, int(trace.prompts[number]), int(trace.answers[number]))
 
     streams = list(await asyncio.gather(*(later(number) for number in range(len(trace.arrivals)))))
     return streams, max(each.times[-1] for each in streams) - (begin + float(trace.arrivals[0]))
@@ -153,23 +156,25 @@ def show(rows: list[Row]) -> None:
     console.print(table)
 
 
-async def run(engine: Engine, limits: Limits, loads: list[float], requests: int) -> tuple[StepCost, list[Row]]:
+async def run(engine: Engine, limits: Limits, loads: list[float], seconds: float) -> tuple[StepCost, list[Row]]:
     """Probes stand before, between and after the workloads, since a shared machine's speed drifts; only they make the prediction."""
     await engine.start()
     await together(engine, limits.num_slots, 64, 8)  # warm-up
     samples = await probes(engine, limits)
     capacity = requests_per_s(fit(samples), limits)
+    console.print(f"{len(samples)} probes; capacity about {capacity:.2f} requests/s", style="dim")
     played = []
     for load in loads:
-        trace = workload(load * capacity, requests)
+        trace = workload(load * capacity, max(10, round(seconds * load * capacity)))
         played.append((load, trace, await play(engine, trace)))
+        console.print(f"load {load:.0%}: {len(trace.arrivals)} requests in {played[-1][2][1]:.0f} s", style="dim")
         samples += await probes(engine, limits)
     await engine.stop()
     cost = fit(samples)
     spread = [cost_of(cost, sample) / sample.seconds - 1 for sample in samples]
     console.print(f"a step: {1000 * cost.fixed:.2f} ms, {1e6 * cost.per_prefill_token:.0f} us per prompt token,")
     console.print(f"{1000 * cost.per_row:.2f} ms per stream, {1e6 * cost.per_context_token:.2f} us per position")
-    console.print(f"fits {len(samples)} probes to {np.std(spread):.1%}; capacity about {capacity:.2f} requests/s")
+    console.print(f"fits {len(samples)} probes to {np.std(spread):.1%}")
     return cost, [row for load, trace, real in played for row in compare(load, trace, cost, limits, real)]
 
 
@@ -189,7 +194,7 @@ def cost_of(cost: StepCost, sample: Sample) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loads", default="0.4,0.75", help="shares of the engine's capacity that arrive, comma-separated")
-    parser.add_argument("--requests", type=int, default=40, help="per load")
+    parser.add_argument("--seconds", type=float, default=30, help="of arrivals per load")
     parser.add_argument("--slots", type=int, default=8, help="engine.num_slots")
     parser.add_argument("--idle-factor", type=int, default=4, help="prompt pieces that an idle engine reads in one step")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
@@ -202,7 +207,7 @@ def main() -> int:
     engine = create_engine(import_model("smollm2", registry=registry), config, registry)
     limits = Limits(num_slots=arguments.slots, prefill_chunk=config.prefill_chunk, idle_factor=arguments.idle_factor)
     loads = [float(load) for load in arguments.loads.split(",")]
-    cost, rows = asyncio.run(run(engine, limits, loads, arguments.requests))
+    cost, rows = asyncio.run(run(engine, limits, loads, arguments.seconds))
     show(rows)
     if arguments.json:
         record: dict[str, Any] = {"cost": asdict(cost), "rows": [asdict(row) | {"error": row.error} for row in rows]}
