@@ -87,9 +87,9 @@ def _lines(page: Any) -> Iterator[_Line]:
             yield from _line(chars)
             chars = []
             continue
-        if code in (0, 0xFFFE, 0x02):  # pdfium's mark of a hyphen at the line's end
-            code = 0x2D if code != 0 else 0xFFFD
-        char = chr(code) if not 0xD800 <= code <= 0xDFFF else "\ufffd"
+        if code in (0x02, 0xFFFE):  # a hyphen where pdfium has joined a word over two lines
+            continue
+        char = chr(code) if code and not 0xD800 <= code <= 0xDFFF else "\ufffd"
         if raw.FPDFText_GetLooseCharBox(handle, index, ctypes.byref(box)):
             chars.append((char, box.left, box.right, box.bottom, box.top))
         elif chars:
