@@ -60,7 +60,8 @@ def num_concurrent(config: HyperparameterSweepConfig, found: cluster.Cluster) ->
     Raises:
         ClusterTooSmall: not even one.
     """
-    from r1ray.tune.training import DRIVER_CPUS, worker_bundles
+    from r1ray.train.order import worker_bundles
+    from r1ray.tune.training import DRIVER_CPUS
 
     one = [{"CPU": DRIVER_CPUS}, *worker_bundles(config.finetune.train)]
     cluster.check_placement(found, one, wanted_by="one training of the sweep")

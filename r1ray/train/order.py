@@ -1,0 +1,72 @@
+"""What is left to choose when a training begins, chosen: steps, number type, attention, threads; and what the workers reserve.
+
+For a fine-tuning job and for each trial of a sweep alike. Runs in the driver, whose machine stands for its siblings. Starts nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from r1ray.model.load import choose_dtype
+from r1ray.settings import Settings
+from r1ray.train import runs
+from r1ray.train.batches import accumulation_steps
+from r1ray.train.config import TrainConfig
+from r1ray.train.tokens import TokenSet
+from r1ray.train.worker import WorkOrder, plan_of
+from r1ray.types import Artifact
+
+__all__ = ["num_threads", "resolve_order", "worker_bundles"]
+
+
+def resolve_order(
+    config: TrainConfig, base: Artifact, tokens: TokenSet, directory: Path, settings: Settings, say: Callable[[str], object]
+) -> WorkOrder:
+    """The order for the workers of the run in `directory`; tells `say` what was chosen and why."""
+    plan = plan_of(config, [len(row) for row in tokens.rows()[0]])
+    num_steps = min(plan.num_steps, config.max_steps or plan.num_steps)
+    accumulation = accumulation_steps(config.batch_size, config.num_workers, config.micro_batch_size)
+    padding = 0.0 if config.packing else plan.padding_share(config.num_workers, accumulation)
+    known = runs.load(directory)
+    dtype, reason = (known.dtype, "the run began with it") if known else _dtype(config)
+    attention = config.attention if config.attention != "auto" else "sdpa" if config.use_gpu else "eager"
+    say(f"{directory.name} on {base.ref}")
+    say(f"{tokens.num_rows} dialogues, {tokens.num_tokens} tokens, {tokens.num_trained_tokens} carry loss, {padding:.1%} padding")
+    budget = f", at most {config.max_seconds:.0f} s" if config.max_seconds else ""
+    say(f"{num_steps} steps of {config.batch_size} dialogues ({config.num_workers} workers x {accumulation} passes){budget}")
+    threads = f"{num_threads(config)} threads per worker"
+    say(f"{config.method}, ZeRO-{config.zero_stage}, {dtype} because {reason}, {attention} attention, {threads}")
+    return WorkOrder(
+        config=config,
+        base=base,
+        tokens=tokens,
+        run=directory.name,
+        run_directory=directory,
+        num_steps=num_steps,
+        dtype=dtype,
+        attention=attention,
+        settings=settings,
+    )
+
+
+def worker_bundles(config: TrainConfig) -> list[dict[str, float]]:
+    """What the workers of one training reserve."""
+    return [{"CPU": config.cpus_per_worker, **({"GPU": 1.0} if config.use_gpu else {})}] * config.num_workers
+
+
+def num_threads(config: TrainConfig) -> int:
+    """Of each worker, so that all of them together use every core once."""
+    return config.threads_per_worker or max(1, (os.cpu_count() or 1) // config.num_workers)
+
+
+def _dtype(config: TrainConfig) -> tuple[str, str]:
+    if config.dtype != "auto":
+        return config.dtype, "train.dtype says so"
+    if config.use_gpu:
+        return "bfloat16", "GPUs multiply it"
+    if config.zero_stage == 0:
+        return "float32", "ZeRO-0 keeps no float32 master weights"
+    dtype, reason = choose_dtype("cpu")
+    return str(dtype).removeprefix("torch."), reason

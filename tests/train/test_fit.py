@@ -1,0 +1,63 @@
+"""The seams of Ray Train that LeanTrainer and the controller's parts stand on: an upgrade of Ray that moves one fails here."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import subprocess
+import sys
+
+import pytest
+from ray.train import RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks import BackendSetupCallback, DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, ResizeDecision
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from r1ray.train.controller import AskNobody, ProcessGroupConfig
+from r1ray.train.fit import LeanTrainer
+
+
+def trainer(**parts) -> LeanTrainer:
+    config = ProcessGroupConfig(backend="gloo")
+    return LeanTrainer(print, torch_config=config, scaling_config=ScalingConfig(num_workers=2), run_config=RunConfig(name="x"), **parts)
+
+
+def kinds(made: LeanTrainer) -> set[type]:
+    return {type(callback) for callback in made._create_default_callbacks()}
+
+
+def test_only_the_helpers_without_work_are_left_out():
+    rays_own = {type(callback) for callback in DataParallelTrainer._create_default_callbacks(trainer())}
+    assert rays_own - kinds(trainer()) == {DatasetsCallback, PlacementGroupCleanerCallback}
+    assert BackendSetupCallback in kinds(trainer())
+
+
+def test_a_training_that_the_job_outlives_keeps_the_cleaner():
+    made = trainer()
+    made.outlived = True
+    assert PlacementGroupCleanerCallback in kinds(made)
+
+
+def test_the_controller_is_given_its_scaling_policy_by_name():
+    assert "scaling_policy" in inspect.signature(TrainController).parameters
+    assert "scaling_policy=" in inspect.getsource(DataParallelTrainer.fit)
+    assert "**controller_init_kwargs" in str(inspect.signature(DataParallelTrainer._initialize_and_run_controller))
+
+
+def test_the_policy_decides_like_rays_own_and_calls_no_actor():
+    policy = AskNobody(ScalingConfig(num_workers=3))
+    for name in ("after_controller_start", "_maybe_send_resource_request"):
+        assert name in vars(FixedScalingPolicy) | vars(FixedScalingPolicy.__mro__[1])
+    policy.after_controller_start(None)
+    decision = policy.make_decision_for_non_running_worker_group()
+    assert isinstance(decision, ResizeDecision)
+    assert decision.num_workers == 3
+    policy.before_controller_abort()  # nothing was requested, nothing is cancelled
+
+
+@pytest.mark.parametrize("part", [ProcessGroupConfig(backend="gloo"), AskNobody(ScalingConfig(num_workers=2))])
+def test_the_controller_loads_no_torch(part):
+    code = f"import pickle, sys; part = pickle.loads({pickle.dumps(part)!r}); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
