@@ -4,41 +4,45 @@
     scripts/quickstart --once          everything, one answer, then ends it all; exit code 0 only if each step worked
     scripts/quickstart --data FILE     trains on your file (annotated, messages, alpaca, sharegpt, or CSV text/label)
 
-Steps: Ray head -> import -> data -> fine-tune (Ray Train, DeepSpeed) -> evaluate -> promote -> sampling sweep (Ray Tune)
+Steps: import -> Ray head -> data -> fine-tune (Ray Train, DeepSpeed) -> evaluate -> promote -> sampling sweep (Ray Tune)
 -> index -> serve (Ray Serve) -> one streamed answer. State stays in R1RAY_HOME (default ~/.r1ray): a second run resumes.
-It only starts processes and reads their results; every decision is in the jobs' config files.
+It starts processes, submits jobs and reads their results; every decision is in the jobs' config files. What a user would type is
+printed, `r1ray ...` and `ray job submit ...`; both run in this process, which has imported MLflow, torch and Ray once for all.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
+import functools
 import json
+import logging
 import os
 import re
+import shlex
 import signal
-import socket
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from services import LOOPBACK, Service, StepFailed, answers, console, free_port
 
 from r1ray import cluster
 from r1ray.errors import R1RayError, ServingError
 from r1ray.settings import Settings
 
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
 ROOT = Path(__file__).resolve().parents[1]
-LOOPBACK = "127.0.0.1"
-console = Console(soft_wrap=True, highlight=False)
 
 
 @dataclass(frozen=True)
@@ -54,75 +58,6 @@ class Plan:
     num_test: int = 96
 
 
-class StepFailed(R1RayError):
-    """A step's command ended with an error; its own output says why."""
-
-
-class Service:
-    """A process that stays up while the quickstart runs; stopped by its own pid, its output kept in a log file."""
-
-    def __init__(self, name: str, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
-        self.name, self.log = name, log
-        self._output = log.open("wb")
-        self._process = subprocess.Popen(
-            command, stdout=self._output, stderr=subprocess.STDOUT, cwd=ROOT, env=dict(environment), start_new_session=True
-        )
-
-    def wait_for(self, url: str, timeout_s: float, *, waiting_for: str) -> None:
-        """Until `url` answers 200; says every 10 s what it is waiting for."""
-        start = time.monotonic()
-        told = start
-        while not answers(url):
-            if self._process.poll() is not None:
-                raise StepFailed(
-                    f"{self.name} ended with code {self._process.returncode} before {url} answered. Its log: {self.log}\n{self.tail()}"
-                )
-            now = time.monotonic()
-            if now - start > timeout_s:
-                raise StepFailed(f"{self.name} did not answer at {url} within {timeout_s:.0f} s. Its log: {self.log}\n{self.tail()}")
-            if now - told >= 10:
-                told = now
-                console.print(f"    waiting for {waiting_for} ({now - start:.0f} s)", style="dim")
-            time.sleep(0.25)
-
-    def tail(self, num_lines: int = 15) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-num_lines:])
-
-    def stop(self, timeout_s: float = 20) -> None:
-        """SIGTERM to the process; after `timeout_s`, SIGKILL to its whole session."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout_s)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._output.close()
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def free_port(preferred: int) -> int:
-    """`preferred`, or the next port nobody listens on, which is said aloud."""
-    for port in range(preferred, preferred + 50):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if probe.connect_ex((LOOPBACK, port)) == 0:
-                continue
-            with contextlib.suppress(OSError):
-                probe.bind((LOOPBACK, port))
-                if port != preferred:
-                    console.print(f"    port {preferred} is in use: taking {port}", style="dim")
-                return port
-    raise StepFailed(f"No free port in {preferred}-{preferred + 49}. End the servers that listen there.")
-
-
 @contextlib.contextmanager
 def step(title: str) -> Iterator[None]:
     """One line when a step begins and one with its seconds when it is done."""
@@ -132,12 +67,17 @@ def step(title: str) -> Iterator[None]:
     console.print(f"    [green]done[/] in {time.monotonic() - start:.0f} s")
 
 
-def run(command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Run a command, its output passed through; StepFailed on a non-zero exit."""
-    console.print("    $ " + " ".join(command), style="dim", markup=False)
-    done = subprocess.run(command, cwd=ROOT, env=dict(environment), check=False)
-    if done.returncode != 0:
-        raise StepFailed(f"`{' '.join(command[:6])} ...` ended with code {done.returncode}; the reason is printed above.")
+def said(command: str) -> None:
+    console.print(f"    $ {command}", style="dim", markup=False)
+
+
+def r1ray(*arguments: str) -> None:
+    """The command of that name; StepFailed on a non-zero exit."""
+    from r1ray.cli.commands import app
+
+    said(f"r1ray {shlex.join(arguments)}")
+    if code := app(arguments, standalone_mode=False):
+        raise StepFailed(f"`r1ray {arguments[0]}` ended with code {code}; the reason is printed above.")
 
 
 class Quickstart:
@@ -147,15 +87,16 @@ class Quickstart:
         self.arguments = arguments
         self.settings = Settings()
         self.settings.home.mkdir(parents=True, exist_ok=True)
-        self.services: list[Service] = []
+        self.services: dict[str, Service] = {}
         cluster.prepare_environment()
-        self.environment = os.environ | {"PYTHONUNBUFFERED": "1", "R1RAY_HOME": str(self.settings.home), "PYTHONWARNINGS": "ignore"}
+        os.environ |= {"PYTHONUNBUFFERED": "1", "R1RAY_HOME": str(self.settings.home), "PYTHONWARNINGS": "ignore"}
+        warnings.simplefilter("ignore")
         self.dashboard = ""
         self.ray_address = ""
 
     # --- the cluster and its services
 
-    def start_ray(self) -> None:
+    def launch_ray(self) -> None:
         ports = {"dashboard": free_port(8265), "gcs": free_port(6399), "client": free_port(9899), "agent": free_port(52465)}
         num_cpus = max(4, os.cpu_count() or 1)
         console.print(
@@ -166,30 +107,36 @@ class Quickstart:
         command += [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={ports['dashboard']}", f"--ray-client-server-port={ports['client']}"]
         command += [f"--dashboard-agent-listen-port={ports['agent']}", f"--object-store-memory={512 * 2**20}"]
         self.dashboard = f"http://{LOOPBACK}:{ports['dashboard']}"
-        self.start("Ray head", command, f"{self.dashboard}/api/version", 90)
-        self.ray_address = f"{LOOPBACK}:{ports['gcs']}"
-        self.environment["RAY_ADDRESS"] = self.ray_address
-        console.print(f"    dashboard {self.dashboard}")
+        self.launch("Ray head", command, f"{self.dashboard}/api/version")
+        self.ray_address = os.environ["RAY_ADDRESS"] = f"{LOOPBACK}:{ports['gcs']}"
 
-    def start(self, name: str, command: Sequence[str], url: str, timeout_s: float) -> Service:
+    def launch(self, name: str, command: Sequence[str], url: str) -> None:
+        """Start a server that will answer at `url`, and go on."""
         log = self.settings.home / "logs" / f"{name.lower().replace(' ', '-')}.log"
         log.parent.mkdir(exist_ok=True)
-        service = Service(name, command, log, self.environment)
-        self.services.append(service)
-        service.wait_for(url, timeout_s, waiting_for=f"{name} at {url}")
-        return service
+        self.services[name] = Service(name, command, log, url)
 
     def stop(self) -> None:
-        """Jobs first: a job's driver outlives the head that started it."""
+        """Jobs first: a job's driver outlives the head that started it. Ray last: Serve needs it to take its replicas down."""
         if self.dashboard and answers(f"{self.dashboard}/api/version"):
             self.stop_jobs()
-        for service in reversed(self.services):
+        for name, service in reversed(self.services.items()):
+            if name != "Ray head":
+                # `serve run` shuts its applications down on Ctrl-C alone; replicas left alone keep Ray from ending for half a minute
+                service.ask_to_stop(signal.SIGINT)
+        for service in reversed(self.services.values()):
             service.stop()
 
-    def stop_jobs(self) -> None:
+    @functools.cached_property
+    def jobs(self) -> JobSubmissionClient:
+        """Says nothing by itself: the jobs' own output is what matters."""
         from ray.job_submission import JobSubmissionClient
 
-        client = JobSubmissionClient(self.dashboard)
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        return JobSubmissionClient(self.dashboard)
+
+    def stop_jobs(self) -> None:
+        client = self.jobs
         running = [job.submission_id for job in client.list_jobs() if job.submission_id and not job.status.is_terminal()]
         for name in running:
             console.print(f"    stopping job {name}", style="dim")
@@ -200,15 +147,30 @@ class Quickstart:
 
     # --- the jobs
 
-    def submit(self, job: str, config: str, *overrides: str) -> None:
-        command = ["ray", "job", "submit", f"--address={self.dashboard}", "--working-dir=.", "--log-color=false"]
-        run([*command, "--", "python", f"jobs/{job}.py", "--config", f"jobs/configs/{config}.yaml", *overrides], self.environment)
+    def submit(self, job: str, *overrides: str, config: str | None = None) -> str:
+        """`ray job submit --no-wait`: the job's name."""
+        command = shlex.join(["python", f"jobs/{job}.py", "--config", f"jobs/configs/{config or job}.yaml", *overrides])
+        said(f"ray job submit --working-dir . -- {command}")
+        return str(self.jobs.submit_job(entrypoint=command, runtime_env={"working_dir": str(ROOT)}))
+
+    def finish(self, name: str) -> None:
+        """The job's output as it comes; StepFailed unless it succeeds."""
+        asyncio.run(self.follow(name))
+        while not (status := self.jobs.get_job_status(name)).is_terminal():
+            time.sleep(0.2)
+        if status != "SUCCEEDED":
+            reason = self.jobs.get_job_info(name).message or "no reason given"
+            raise StepFailed(f"Job {name} ended as {status}: {reason}")
+
+    async def follow(self, name: str) -> None:
+        async for lines in self.jobs.tail_job_logs(name):
+            print(lines, end="", flush=True)
 
     def plan(self) -> Plan:
         if self.arguments.data:
             return own_data(self.arguments.data.resolve(), self.arguments.test, self.settings)
         demo = self.settings.home / "demo"
-        run(["r1ray", "demo-data", str(demo)], self.environment)
+        r1ray("demo-data", str(demo))
         return Plan(
             name="bank-assistant",
             train_config="finetune_lora",
@@ -218,15 +180,23 @@ class Quickstart:
             collection="bank",
         )
 
-    def train(self, plan: Plan) -> None:
+    def train(self, plan: Plan) -> str:
         collection = f"collection={plan.collection or 'null'}"
-        self.submit("finetune", plan.train_config, f"name={plan.name}", collection, f"data.path={plan.data}", "train.num_workers=2")
+        settings = (f"name={plan.name}", collection, f"data.path={plan.data}", "train.num_workers=2")
+        return self.submit("finetune", *settings, config=plan.train_config)
 
-    def evaluate(self, plan: Plan) -> None:
-        out = self.report_path(plan)
+    def evaluate(self, plan: Plan) -> str:
         models = f"models=[smollm2-135m-instruct, {plan.name}]"
-        settings = (f"limit={plan.num_test}", "perplexity_examples=24", "length_margin=1.1", f"out={out}")
-        self.submit("evaluate", "evaluate", models, f"data.path={plan.test}", *settings)
+        settings = (f"limit={plan.num_test}", "perplexity_examples=24", "length_margin=1.1", f"out={self.report_path(plan)}")
+        return self.submit("evaluate", models, f"data.path={plan.test}", *settings)
+
+    def sweep(self, plan: Plan) -> str:
+        return self.submit("sweep_sampling", f"model={plan.name}@production", f"data.path={plan.test}", "num_samples=4", "limit=24")
+
+    def index(self, plan: Plan) -> str | None:
+        if plan.collection is None:
+            return None
+        return self.submit("index_corpus", f"sources=[{plan.data.parent / 'knowledge'}]", f"collection={plan.collection}")
 
     def report_path(self, plan: Plan) -> Path:
         return self.settings.home / "reports" / f"quickstart-{plan.name}.json"
@@ -240,25 +210,15 @@ class Quickstart:
         path = self.settings.home / "serve_config.yaml"
         path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         url = f"http://{LOOPBACK}:{port}"
-        self.start("Serve", ["serve", "run", f"--address={self.ray_address}", str(path)], f"{url}/health", 180)
+        self.launch("Serve", ["serve", "run", f"--address={self.ray_address}", str(path)], f"{url}/health")
+        self.services["Serve"].wait(180)
         return url
 
-    def open_mlflow(self) -> str:
+    def launch_mlflow(self) -> str:
         port = free_port(5000)
         url = f"http://{LOOPBACK}:{port}"
-        command = [
-            "mlflow",
-            "server",
-            "--backend-store-uri",
-            self.settings.registry_uri,
-            "--host",
-            LOOPBACK,
-            "--port",
-            str(port),
-            "--workers",
-            "1",
-        ]
-        self.start("MLflow", command, f"{url}/health", 90)
+        command = ["mlflow", "server", f"--backend-store-uri={self.settings.registry_uri}", f"--host={LOOPBACK}", f"--port={port}"]
+        self.launch("MLflow", [*command, "--workers=1"], f"{url}/health")
         return url
 
 
@@ -272,7 +232,7 @@ def own_data(data: Path, test: Path | None, settings: Settings) -> Plan:
     if test is None:
         held_out = settings.home / "data" / name
         console.print(f"    no file of test rows beside {data.name}: holding out 10 % of it as {held_out / 'test.parquet'}")
-        run(["r1ray", "split", str(data), str(held_out)], os.environ)
+        r1ray("split", str(data), str(held_out))
         data, test = held_out / "train.parquet", held_out / "test.parquet"
     question = first_text(test)
     return Plan(name, recipe, data, test, question, None, num_test=300 if labelled else 96)
@@ -349,33 +309,32 @@ def summary(lines: Mapping[str, str]) -> None:
 def tour(quickstart: Quickstart) -> None:
     """Every step in order; the first that fails ends the tour."""
     check_files(quickstart.arguments)
-    environment = quickstart.environment
-    with step("1/9 Ray head with dashboard"):
-        quickstart.start_ray()
-    with step("2/9 Import SmolLM2-135M-Instruct (GGUF -> safetensors, once)"):
-        run(["r1ray", "import", "smollm2"], environment)
+    with step("1/9 Import SmolLM2-135M-Instruct (GGUF -> safetensors, once), while Ray starts"):
+        quickstart.launch_ray()
+        r1ray("import", "smollm2")
+    with step("2/9 Ray head with dashboard"):
+        quickstart.services["Ray head"].wait(90)
+        console.print(f"    dashboard {quickstart.dashboard}")
     with step("3/9 Data"):
         plan = quickstart.plan()
     with step(f"4/9 Fine-tune {plan.name}: Ray Train, 2 workers, DeepSpeed ZeRO, LoRA"):
-        quickstart.train(plan)
+        quickstart.finish(quickstart.train(plan))
     with step("5/9 Evaluate base and tuned on held-out rows"):
-        quickstart.evaluate(plan)
+        indexing = quickstart.index(plan)  # while the evaluation loads libraries on one core; its output follows in step 8
+        quickstart.finish(quickstart.evaluate(plan))
         scores = check_scores(quickstart.report_path(plan))
     with step("6/9 Promote"):
-        run(["r1ray", "promote", plan.name], environment)
+        r1ray("promote", plan.name)
     with step("7/9 Sampling sweep: Ray Tune over a few settings"):
-        quickstart.submit(
-            "sweep_sampling", "sweep_sampling", f"model={plan.name}@production", f"data.path={plan.test}", "num_samples=4", "limit=24"
-        )
+        mlflow = quickstart.launch_mlflow()
+        quickstart.finish(quickstart.sweep(plan))
     with step("8/9 Index the knowledge base and serve"):
-        if plan.collection:
-            quickstart.submit(
-                "index_corpus", "index_corpus", f"sources=[{plan.data.parent / 'knowledge'}]", f"collection={plan.collection}"
-            )
+        if indexing:
+            quickstart.finish(indexing)
         url = quickstart.serve(plan)
     with step("9/9 One streamed answer through the openai client"):
         ask(url, plan)
-        mlflow = quickstart.open_mlflow()
+        quickstart.services["MLflow"].wait(90)
     console.print()
     summary(
         {

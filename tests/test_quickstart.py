@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import socket
 import sys
 import time
@@ -20,12 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def quickstart():
+    sys.path.insert(0, str(ROOT / "scripts"))  # where Python looks first when it runs the script
     spec = importlib.util.spec_from_file_location("quickstart", ROOT / "scripts" / "quickstart.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["quickstart"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     yield module
-    del sys.modules["quickstart"]
+    del sys.modules["quickstart"], sys.path[0]
 
 
 @pytest.fixture
@@ -69,14 +69,14 @@ def test_a_taken_port_gives_the_next_free_one(quickstart):
 
 
 def test_a_service_that_ends_early_shows_its_log(quickstart, tmp_path):
-    service = quickstart.Service("broken", ["sh", "-c", "echo no such device; exit 3"], tmp_path / "log", os.environ)
+    service = quickstart.Service("broken", ["sh", "-c", "echo no such device; exit 3"], tmp_path / "log", "http://127.0.0.1:9/health")
     with pytest.raises(quickstart.StepFailed, match=r"(?s)code 3.*no such device"):
-        service.wait_for("http://127.0.0.1:9/health", 20, waiting_for="nothing")
+        service.wait(20)
     service.stop()
 
 
 def test_a_service_is_stopped_with_its_children(quickstart, tmp_path):
-    service = quickstart.Service("parent", ["sh", "-c", "sleep 300 & echo $!; wait"], tmp_path / "log", os.environ)
+    service = quickstart.Service("parent", ["sh", "-c", "sleep 300 & echo $!; wait"], tmp_path / "log", "http://127.0.0.1:9/health")
     while not (child := (tmp_path / "log").read_text().strip()):
         pass
     service.stop(timeout_s=2)
@@ -89,6 +89,14 @@ def test_a_service_is_stopped_with_its_children(quickstart, tmp_path):
 def runs(pid: str) -> bool:
     state = Path(f"/proc/{pid}/stat")
     return state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+
+
+def test_a_failing_command_fails_its_step_with_its_own_words(quickstart, tmp_path, capsys):
+    with pytest.raises(quickstart.StepFailed, match="`r1ray split` ended with code 1"):
+        quickstart.r1ray("split", str(tmp_path / "nothing.csv"), str(tmp_path))
+    shown = capsys.readouterr()
+    assert "$ r1ray split" in shown.out
+    assert "nothing.csv" in shown.err
 
 
 def test_scores_that_do_not_rise_fail_the_tour(quickstart, tmp_path):
