@@ -8,10 +8,12 @@ Bold headings in the size of the text stay text.
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,27 @@ __all__ = ["pdf_to_markdown"]
 _HEADING_SCALE = 1.15  # of the body's type
 _LONGEST_HEADING = 120
 _COLUMN_GAP = 1.6  # line heights between two parts of a line
-_RUNNING_SHARE = 0.6  # of the pages
+_RUNNING_SHARE = 0.4  # of the pages: left and right ones may differ
 _FEWEST_PAGES = 4  # below it nothing tells a running head from text
 _HAN_END = re.compile(r"[\u3000-\u9fff\uff00-\uffef]$")
 _SENTENCE_END = re.compile(r"[.!?。！？:：;；]$")
 
 
 @dataclass(frozen=True, slots=True)
+class _Char:
+    """A character, its place in pdfium's list and its box."""
+
+    text: str
+    index: int
+    left: float
+    right: float
+    bottom: float
+    top: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Line:
-    """One line: its parts as (left edge, text), its place on the page, its type's height."""
+    """One line: its parts as (left edge, text), its place on the page, its type's size."""
 
     parts: tuple[tuple[float, str], ...]
     top: float
@@ -80,43 +94,53 @@ def _lines(page: Any) -> Iterator[_Line]:
     from pypdfium2 import raw
 
     box, handle = raw.FS_RECTF(), page.raw
-    chars: list[tuple[str, float, float, float, float]] = []
+    chars: list[_Char] = []
     for index in range(page.count_chars()):
         code = raw.FPDFText_GetUnicode(handle, index)
         if code in (0x0D, 0x0A):
-            yield from _line(chars)
+            yield from _line(chars, handle)
             chars = []
             continue
         if code in (0x02, 0xFFFE):  # a hyphen where pdfium has joined a word over two lines
             continue
         char = chr(code) if code and not 0xD800 <= code <= 0xDFFF else "\ufffd"
         if raw.FPDFText_GetLooseCharBox(handle, index, ctypes.byref(box)):
-            chars.append((char, box.left, box.right, box.bottom, box.top))
+            chars.append(_Char(char, index, box.left, box.right, box.bottom, box.top))
         elif chars:
-            chars.append((char, chars[-1][2], chars[-1][2], chars[-1][3], chars[-1][4]))
-    yield from _line(chars)
+            chars.append(replace(chars[-1], text=char, index=index, left=chars[-1].right))
+    yield from _line(chars, handle)
 
 
-def _line(chars: Sequence[tuple[str, float, float, float, float]]) -> Iterator[_Line]:
-    solid = [char for char in chars if not char[0].isspace()]
+def _line(chars: Sequence[_Char], page: Any) -> Iterator[_Line]:
+    solid = [char for char in chars if not char.text.isspace()]
     if not solid:
         return
-    height = Counter(round(top - bottom, 1) for _, _, _, bottom, top in solid).most_common(1)[0][0]
+    sampled = solid[:: max(len(solid) // 5, 1)]
+    height = Counter(_size(page, char.index) for char in sampled).most_common(1)[0][0] or round(solid[0].top - solid[0].bottom, 1)
     parts: list[tuple[float, str]] = []
-    text, left, right = "", solid[0][1], solid[0][1]
-    for char, start, end, _, _ in chars:
-        if char.isspace():
+    text, left, right = "", solid[0].left, solid[0].left
+    for char in chars:
+        if char.text.isspace():
             text += " " if text and not text.endswith(" ") else ""
             continue
-        if text and start - right > _COLUMN_GAP * max(height, 1):
+        if text and char.left - right > _COLUMN_GAP * max(height, 1):
             parts.append((left, text.strip()))
             text = ""
         if not text:
-            left = start
-        text += char
-        right = end
+            left = char.left
+        text += char.text
+        right = char.right
     parts.append((left, text.strip()))
-    yield _Line(tuple(parts), max(c[4] for c in solid), min(c[3] for c in solid), right, height)
+    yield _Line(tuple(parts), max(c.top for c in solid), min(c.bottom for c in solid), right, height)
+
+
+def _size(page: Any, index: int) -> float:
+    """Points on the page: some writers put the size into the font, some into the matrix. Boxes would differ from font to font."""
+    from pypdfium2 import raw
+
+    matrix = raw.FS_MATRIX()
+    scale = math.hypot(matrix.c, matrix.d) if raw.FPDFText_GetMatrix(page, index, ctypes.byref(matrix)) else 1.0
+    return round(float(raw.FPDFText_GetFontSize(page, index)) * scale, 1)
 
 
 def _body_height(pages: Sequence[Sequence[_Line]]) -> float:
@@ -145,7 +169,7 @@ def _is_heading(line: _Line, body: float) -> bool:
 
 
 def _running(pages: Sequence[Sequence[_Line]]) -> set[str]:
-    """First and last lines that most pages share, their numbers apart."""
+    """First and last lines that many pages share, their numbers apart."""
     if len(pages) < _FEWEST_PAGES:
         return set()
     seen: Counter[str] = Counter()
@@ -188,25 +212,36 @@ def _table_rows(lines: Sequence[_Line]) -> int:
         return 0
     edges = [left for left, _ in first.parts]
     num_rows = 1
-    for line in lines[1:]:
-        fits = len(line.parts) >= 2 and all(any(abs(left - edge) < 1.5 * first.height for edge in edges) for left, _ in line.parts)
-        if not fits or abs(line.height - first.height) > 0.3 * first.height:
+    for before, line in pairwise(lines):
+        tolerance = 1.5 * first.height
+        fits = all(any(abs(left - edge) < tolerance for edge in edges) for left, _ in line.parts)
+        # a single part in a later column goes on with the cell above it
+        goes_on = len(line.parts) == 1 and line.parts[0][0] > edges[0] + tolerance and before.bottom - line.top < first.height
+        if not fits or (len(line.parts) < 2 and not goes_on) or abs(line.height - first.height) > 0.3 * first.height:
             break
         num_rows += 1
-    return num_rows if num_rows > 1 else 0
+    return num_rows if sum(len(line.parts) > 1 for line in lines[:num_rows]) > 1 else 0
 
 
 def _aligned(lines: Sequence[_Line]) -> list[list[str]]:
-    """Every part in the column that begins nearest."""
+    """Every part in the column that begins nearest; a line without a first column belongs to the row above."""
     edges = [left for left, _ in max(lines, key=lambda line: len(line.parts)).parts]
-    rows = []
+    rows: list[list[str]] = []
     for line in lines:
         row = [""] * len(edges)
         for left, text in line.parts:
             column = min(range(len(edges)), key=lambda place: abs(edges[place] - left))
             row[column] = f"{row[column]} {text}".strip()
-        rows.append(row)
+        if rows and len(line.parts) == 1 and not row[0]:
+            rows[-1] = [_continued(above, below) for above, below in zip(rows[-1], row, strict=True)]
+        else:
+            rows.append(row)
     return rows
+
+
+def _continued(above: str, below: str) -> str:
+    space = "" if not above or not below or _HAN_END.search(above) else " "
+    return f"{above}{space}{below}"
 
 
 def _starts_paragraph(before: _Line, line: _Line, lines: Sequence[_Line]) -> bool:
@@ -224,4 +259,4 @@ def _joined(lines: Sequence[_Line]) -> str:
             text = text[:-1] + line.text
         else:
             text += ("" if _HAN_END.search(text) else " ") + line.text
-    return text
+    return f"\\{text}" if text.startswith("#") else text  # a root prompt is no heading
