@@ -132,7 +132,8 @@ class Quickstart:
         """Says nothing by itself: the jobs' own output is what matters."""
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray").setLevel(logging.ERROR)
+        for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         return JobSubmissionClient(self.dashboard)
 
     def stop_jobs(self) -> None:
@@ -159,7 +160,7 @@ class Quickstart:
         while not (status := self.jobs.get_job_status(name)).is_terminal():
             time.sleep(0.2)
         if status != "SUCCEEDED":
-            reason = self.jobs.get_job_info(name).message or "no reason given"
+            reason = (self.jobs.get_job_info(name).message or "no reason given").partition(", last available logs")[0]
             raise StepFailed(f"Job {name} ended as {status}: {reason}")
 
     async def follow(self, name: str) -> None:
