@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +41,8 @@ NAMES = (
 )
 _LOOKED_AT = 1500
 _WINDOW = 200
+_DIGIT, _UPPER = re.compile(r"\d"), re.compile(r"[A-Z]")
+_UNSPEAKABLE = re.compile(r"^[^aeiouy]*$|[^aeiouy]{5}", re.I)
 _ITEM = re.compile(r"\s*(?:[-*•|]|\(?\w{1,3}[.、)）])")
 _SENTENCE_END = re.compile(r"[。！？!?;；，]|[.,:](?=\s)")
 _WORD = re.compile(r"[A-Za-z]+|[\u3400-\u9fff]")
@@ -77,9 +78,10 @@ def _row(question: str, answer: str) -> tuple[float, ...]:
     latin = [word for word in words if word.isascii()]
     num_han = len(words) - len(latin)
     num_letters = sum(map(len, latin))
-    num_digits = sum(c.isdecimal() for c in answer)
-    num_blank = sum(c.isspace() for c in answer)
-    fragments = _fragments(answer)
+    num_digits = len(_DIGIT.findall(answer))
+    num_blank = len(answer) - sum(map(len, answer.split()))
+    fragments, asked = _fragments(answer), _fragments(question)
+    last_line = question.rstrip().rpartition("\n")[2]
     is_short = len(answer) < 40
     return (
         math.log1p(num_chars),
@@ -88,29 +90,31 @@ def _row(question: str, answer: str) -> tuple[float, ...]:
         num_han / seen,
         num_digits / seen,
         (seen - num_letters - num_han - num_digits - num_blank) / seen,
-        _distinct(answer),
+        _distinct(answer, fragments),
         len(set(words)) / max(len(words), 1) if len(words) > 8 else 1.0,
         min(max((len(run[0]) for run in _RUN.finditer(answer)), default=0), 20) / 20,
-        0.0 if is_short and tail not in _ENDS else _overlap(fragments, _fragments(question.rstrip().rpartition("\n")[2])),  # labels echo
+        0.0 if is_short and tail not in _ENDS else _overlap(fragments, asked if last_line == question else _fragments(last_line)),
         float(tail in _ENDS),
         float(_breaks_off(answer, tail)),
         float(any(answer.count(left) != answer.count(right) for left, right in _BRACKETS)),
         sum(word.lower() in _FUNCTION for word in words) / max(len(words), 1),
         _no_vowels(latin),
         min(num_letters / max(len(latin), 1), 20) / 20,
-        sum(c.isupper() for c in answer) / seen,
+        len(_UPPER.findall(answer)) / seen,
         min(mangled(answer).share, 0.5) + min(mangled(question).share, 0.5),
         math.log1p(len(question)),
-        _distinct(question),
+        _distinct(question, asked),
     )
 
 
 def _fragments(text: str) -> set[str]:
-    return {text[start : start + 4] for start in range(max(len(text) - 3, 1))}
+    return set(map("".join, zip(text, text[1:], text[2:], text[3:], strict=False))) if len(text) > 3 else {text}
 
 
-def _distinct(text: str) -> float:
-    """Mean share of fragments that occur once in windows of equal size: a longer text repeats more of itself anyway."""
+def _distinct(text: str, fragments: set[str]) -> float:
+    """Mean share of different fragments in windows of equal size: a longer text repeats more of itself anyway."""
+    if len(text) <= _WINDOW:
+        return len(fragments) / (len(text) - 3) if len(text) > 20 else 1.0
     windows = [text[start : start + _WINDOW] for start in range(0, len(text), _WINDOW)]
     shares = [len(_fragments(window)) / (len(window) - 3) for window in windows if len(window) > 20]
     return sum(shares) / len(shares) if shares else 1.0
@@ -129,13 +133,4 @@ def _breaks_off(answer: str, tail: str) -> bool:
 def _no_vowels(words: Sequence[str]) -> float:
     """Share of longer words that nobody can pronounce: without vowel, or with five consonants in a row."""
     longer = [word for word in words if len(word) > 3 and word[1:].islower()]  # abbreviations are sound
-    odd = sum(1 for word in longer if not any(c in "aeiouyAEIOUY" for c in word) or _consonants(word.lower()) > 4)
-    return odd / max(len(longer), 3)
-
-
-def _consonants(word: str) -> int:
-    longest = run = 0
-    for _, after in pairwise(f" {word}"):
-        run = 0 if after in "aeiouy" else run + 1
-        longest = max(longest, run)
-    return longest
+    return sum(1 for word in longer if _UNSPEAKABLE.search(word)) / max(len(longer), 3)

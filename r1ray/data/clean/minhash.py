@@ -8,6 +8,7 @@ Shapes: N texts, K hashes, S shingles of all texts together.
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from collections.abc import Sequence
 
@@ -25,6 +26,7 @@ _SEED = 20260101  # of the permutations; fixed, so that runs compare
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
+@functools.lru_cache(maxsize=4096)  # a row's turns are normalised for several keys
 def normalised(text: str) -> str:
     """Equal for texts that differ in case, blanks and character width only."""
     if not text.isascii():
