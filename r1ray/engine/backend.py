@@ -13,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["BLOCK_SIZE", "Backend", "Piece"]
+__all__ = ["BLOCK_SIZE", "Backend", "Immediate", "Piece"]
 
 BLOCK_SIZE = 32
 """Positions of a KV block; the native kernels' panels are as wide."""
@@ -34,6 +34,19 @@ class Piece:
     adapter: str | None = None
 
 
+class Immediate:
+    """What a backend without a pipeline inherits: a submitted pass is computed at once."""
+
+    depth = 1
+
+    def submit(self, pieces: Sequence[Piece]) -> object:
+        return self.forward(pieces)  # type: ignore[attr-defined]
+
+    def collect(self, submitted: object) -> Tensor:
+        assert isinstance(submitted, Tensor)
+        return submitted
+
+
 class Backend(Protocol):
     """`precision` names what the weights are held in; `adapters` those that `Piece.adapter` may name."""
 
@@ -46,6 +59,16 @@ class Backend(Protocol):
 
     def forward(self, pieces: Sequence[Piece]) -> Tensor:
         """Compute all pieces in one pass: (W, vocab_size) logits of the tokens that want them, in order."""
+
+    @property
+    def depth(self) -> int:
+        """Passes that may be under way at once; more than one in a pipeline."""
+
+    def submit(self, pieces: Sequence[Piece]) -> object:
+        """Begin a pass. Passes read and write the cache in the order they were submitted."""
+
+    def collect(self, submitted: object) -> Tensor:
+        """The logits of the oldest pass that was not collected yet; waits for it."""
 
     def load_adapter(self, name: str, path: Path) -> None:
         """Take the PEFT directory at `path`; replaces an adapter of that name.

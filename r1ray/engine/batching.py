@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -65,7 +66,11 @@ class BatchingEngine:
         self._backend = backend
         self._pool = BlockPool(backend.num_blocks)
         self._scheduler = Scheduler(
-            num_slots=config.num_slots, prefill_chunk=config.prefill_chunk, pool=self._pool, prefix_cache=config.prefix_cache
+            num_slots=config.num_slots,
+            prefill_chunk=config.prefill_chunk,
+            pool=self._pool,
+            prefix_cache=config.prefix_cache,
+            depth=backend.depth,
         )
         self._state: EngineState = "new"
         self._error: str | None = None
@@ -75,6 +80,7 @@ class BatchingEngine:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="r1ray-engine", daemon=True)
         self._post: Post = []
+        self._under_way: deque[tuple[list[Segment], object]] = deque()
         self._counts = {"prompt": 0, "cached": 0, "generated": 0, "finished": 0, "aborted": 0, "failed": 0, "steps": 0}
 
     # --- called from event loops -------------------------------------------------------------------------------------------------
@@ -209,16 +215,19 @@ class BatchingEngine:
             self._flush()
 
     def _step(self) -> None:
-        """1. plan  2. one forward pass  3. draw and book the tokens  4. post them, one wake-up per event loop."""
-        if not (plan := self._scheduler.plan()):
+        """1. plan and submit passes up to the backend's depth  2. wait for the oldest  3. draw and book its tokens  4. post them."""
+        while len(self._under_way) < self._backend.depth and (plan := self._scheduler.plan()):
+            self._under_way.append((plan, self._backend.submit([_piece(segment) for segment in plan])))
+        if not self._under_way:
             return
-        logits = self._backend.forward([_piece(segment) for segment in plan])
-        for segment in plan:
-            self._scheduler.computed(segment)
+        plan, submitted = self._under_way.popleft()
+        logits = self._backend.collect(submitted)
+        alive = self._scheduler.computed(plan)
         drawing = [segment.stream for segment in plan if segment.completes]
         drawn = sample(logits, drawing) if drawing else []
         for stream, token in zip(drawing, drawn, strict=True):
-            self._book(stream, token)
+            if stream in alive:
+                self._book(stream, token)
         self._counts["steps"] += 1
         self._flush()
 

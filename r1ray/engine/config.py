@@ -41,6 +41,12 @@ class EngineConfig(Config):
     prefill_chunk: int = Field(
         default=256, ge=1, description="Prompt tokens computed per step beside the running streams: less is smoother, more is faster."
     )
+    stages: int = Field(
+        default=1,
+        ge=1,
+        description="Pipeline stages: layers are split over this process and stages - 1 Ray actors, on other nodes if placement says so.",
+    )
+    stage_cpus: float = Field(default=1.0, ge=0, description="Logical CPUs that Ray reserves for each actor of a pipeline.")
     prefix_cache: bool = Field(default=True, description="Keep what prompts that begin alike have computed.")
     kv_cache_gb: float | None = Field(
         default=None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from r1ray.engine.backend import Backend
-    from r1ray.engine.native.model import Tensors
     from r1ray.engine.native.weights import Precision
+    from r1ray.model.checkpoint import Tensors
     from r1ray.registry import Registry
 
 __all__ = ["choose_device", "choose_threads", "create_engine", "num_kv_blocks"]
@@ -69,7 +70,9 @@ def _batching(
     from r1ray.engine.batching import BatchingEngine
 
     precision = _native_precision(config, shape)
-    if precision is not None:
+    if config.stages > 1:
+        backend = _pipeline(artifact, config, registry, shape, precision)
+    elif precision is not None:
         backend = _native(artifact, config, registry, shape, model, precision)
     else:
         backend = _transformers(artifact, config, registry, model)
@@ -120,13 +123,64 @@ def _native(
     return NativeModel(shape, _tensors(artifact, registry, model, "float32" if precision == "float32" else "auto"), options)
 
 
+def _pipeline(
+    artifact: Artifact, config: EngineConfig, registry: Registry, shape: PretrainedConfig, precision: Precision | None
+) -> Backend:
+    """Stages that read their own tensors from the artifact's files, which every node must see under the same path."""
+    import torch
+
+    from r1ray.engine.native.model import Shape
+    from r1ray.engine.native.model import kv_bytes_per_token as native_bytes
+    from r1ray.engine.paged import kv_bytes_per_token
+    from r1ray.engine.pipeline import PipelineBackend
+    from r1ray.engine.stage import StageOrder
+    from r1ray.model.load import base_of, choose_dtype
+    from r1ray.model.lora import why_not_plain
+
+    is_adapter = artifact.manifest.kind == "adapter"
+    if is_adapter and (precision is None or why_not_plain(artifact.path)):
+        raise UnsupportedModel(
+            f"{artifact.ref} is an adapter that cannot be merged layer by layer. Merge it first, or set engine.stages=1."
+        )
+    wanted = choose_dtype("cpu")[0] if config.dtype == "auto" else getattr(torch, "bfloat16" if config.dtype == "int8" else config.dtype)
+    bytes_per_token = native_bytes(Shape.of(shape), precision) if precision else kv_bytes_per_token(shape, wanted)
+    assert config.max_context is not None and config.num_threads is not None, "create_engine has filled them in"
+    ranges = _split(shape, config.stages)
+    order = StageOrder(
+        directory=base_of(artifact, registry).path if is_adapter else artifact.path,
+        adapter=artifact.path if is_adapter else None,
+        layers=ranges[0],
+        precision=precision or str(wanted).removeprefix("torch."),
+        native=precision is not None,
+        num_blocks=num_kv_blocks(config, bytes_per_token, "cpu"),
+        context=config.max_context,
+        num_threads=config.num_threads,
+    )
+    orders = [replace(order, layers=layers) for layers in ranges]
+    log.info("pipeline: layers %s", ", ".join(f"{first}-{last - 1}" for first, last in ranges))
+    return PipelineBackend(orders, hidden=shape.hidden_size, num_cpus=config.stage_cpus)
+
+
+def _split(shape: PretrainedConfig, num_stages: int) -> list[tuple[int, int]]:
+    """By the numbers that a token is multiplied with; the head counts as the layers that are as large."""
+    from r1ray.model.plan.shape import shape_of
+    from r1ray.model.split import split_layers
+
+    sizes = shape_of(shape.to_dict())
+    costs = [float(sizes.active_layer_parameters(layer)) for layer in range(shape.num_hidden_layers)]
+    return split_layers(costs, num_stages, after=float(shape.vocab_size * shape.hidden_size))
+
+
 def _tensors(artifact: Artifact, registry: Registry, model: PreTrainedModel | None, dtype: Literal["float32", "auto"]) -> Tensors:
-    """The files themselves where they are what is wanted; a loaded or merged model's otherwise."""
-    from r1ray.engine.native.model import checkpoint_tensors
-    from r1ray.model.load import load_model
+    """From the files, without transformers' modules, where that is enough; from a loaded or merged model otherwise."""
+    from r1ray.model.checkpoint import checkpoint_tensors
+    from r1ray.model.load import base_of, load_model
+    from r1ray.model.lora import merged, read_lora, why_not_plain
 
     if model is None and artifact.manifest.kind != "adapter":
         return checkpoint_tensors(artifact.path)
+    if model is None and why_not_plain(artifact.path) is None:
+        return merged(checkpoint_tensors(base_of(artifact, registry).path), read_lora(artifact.path))
     loaded = load_model(artifact, registry=registry, dtype=dtype) if model is None else model
     return loaded.state_dict().get
 

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from r1ray.engine.adapters import Adapters
-from r1ray.engine.backend import BLOCK_SIZE, Piece
+from r1ray.engine.backend import BLOCK_SIZE, Immediate, Piece
 from r1ray.errors import UnsupportedModel
 
 __all__ = ["ATTENTION", "TransformersBackend", "kv_bytes_per_token"]
@@ -31,8 +31,8 @@ ATTENTION = "r1ray_paged"
 log = logging.getLogger(__name__)
 
 
-class TransformersBackend:
-    """Takes the model over: call it directly no more."""
+class TransformersBackend(Immediate):
+    """Takes the model over: call it directly no more. A model of some layers (`partial.load_layers`) is one stage of a pipeline."""
 
     def __init__(self, model: PreTrainedModel, *, num_blocks: int) -> None:
         _check_supported(model)
@@ -41,7 +41,7 @@ class TransformersBackend:
         self._adapters = Adapters(model)
         self._cache = PagedCache(num_blocks=num_blocks, latent=_is_latent(model.config))
         self.num_blocks = num_blocks
-        self.vocab_size: int = model.get_input_embeddings().weight.shape[0]
+        self.vocab_size: int = model.config.get_text_config().vocab_size
         self.precision = str(model.dtype).removeprefix("torch.")
 
     @property
@@ -55,7 +55,8 @@ class TransformersBackend:
             chosen = [(number, piece) for number, piece in enumerate(pieces) if piece.adapter == adapter]
             chosen.sort(key=lambda entry: len(entry[1].ids) > 1)  # decoding rows first
             self._adapters.activate(adapter)
-            rows = iter(self._pass([piece for _, piece in chosen]))
+            packed = [piece for _, piece in chosen]
+            rows = iter(self._pass(packed, None, wanted_tokens(packed)))
             logits |= {number: list(itertools.islice(rows, piece.num_logits)) for number, piece in chosen}
         ordered = [row for number in sorted(logits) for row in logits[number]]
         return torch.stack(ordered) if ordered else torch.empty(0, self.vocab_size)
@@ -69,22 +70,35 @@ class TransformersBackend:
     def close(self) -> None:
         """Nothing runs beside the engine's own thread."""
 
-    def _pass(self, pieces: Sequence[Piece]) -> Tensor:
+    def stage(self, pieces: Sequence[Piece], hidden: Tensor | None) -> Tensor:
+        """One stage of a pipeline: (tokens, hidden) states in (None at the first), the same out, or logits at the last.
+
+        `pieces` have the decoding ones first. Adapters are not switched between them: a pipeline serves one merged model.
+        """
+        is_last = not isinstance(self._model.get_output_embeddings(), torch.nn.Identity)
+        return self._pass(pieces, hidden, wanted_tokens(pieces) if is_last else None)
+
+    def _pass(self, pieces: Sequence[Piece], hidden: Tensor | None, wanted: Sequence[int] | None) -> Tensor:
+        """Logits of the `wanted` tokens, or, where that is None, the (N, hidden) states after this model's layers."""
         device = self._model.device
-        ends = itertools.accumulate(len(piece.ids) for piece in pieces)
-        wanted = [i for end, piece in zip(ends, pieces, strict=True) for i in range(end - piece.num_logits, end)]
         layout = Layout(pieces, device)
         self._cache.begin(layout)
-        output = self._model(
-            input_ids=torch.tensor([[i for piece in pieces for i in piece.ids]], device=device),
-            position_ids=layout.position_N[None],
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=torch.tensor(wanted or [0], device=device),
-            pages=self._cache,
-        )
-        logits: Tensor = output.logits[0]
+        inputs: dict[str, Any] = {"position_ids": layout.position_N[None], "past_key_values": self._cache, "use_cache": True}
+        if hidden is None:
+            inputs["input_ids"] = torch.tensor([[i for piece in pieces for i in piece.ids]], device=device)
+        else:
+            inputs["inputs_embeds"] = hidden[None].to(self._model.dtype)
+        if wanted is None:
+            states: Tensor = self._model.model(**inputs, pages=self._cache).last_hidden_state[0]
+            return states
+        logits: Tensor = self._model(**inputs, logits_to_keep=torch.tensor(wanted or [0], device=device), pages=self._cache).logits[0]
         return logits if wanted else logits[:0]
+
+
+def wanted_tokens(pieces: Sequence[Piece]) -> list[int]:
+    """Indices of the packed tokens whose logits are wanted."""
+    ends = itertools.accumulate(len(piece.ids) for piece in pieces)
+    return [i for end, piece in zip(ends, pieces, strict=True) for i in range(end - piece.num_logits, end)]
 
 
 def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
@@ -175,8 +189,8 @@ class PagedCache(Cache):
         super().__init__(layers=[])
         self.num_blocks = num_blocks
         self.latent = latent
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.keys: dict[int, Tensor] = {}  # by the layer's number in the whole model
+        self.values: dict[int, Tensor] = {}
         self.layout: Layout
 
     def begin(self, layout: Layout) -> None:
@@ -184,7 +198,7 @@ class PagedCache(Cache):
         self.layout = layout
 
     def clear(self, blocks: Sequence[int]) -> None:
-        for tensor in (*self.keys, *self.values):
+        for tensor in (*self.keys.values(), *self.values.values()):
             tensor[list(blocks)] = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - transformers' signature
@@ -192,10 +206,10 @@ class PagedCache(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store the pass's keys and values, each (1, K, N, D)."""
-        if layer_idx >= len(self.keys):
+        if layer_idx not in self.keys:
             for tensors, states in ((self.keys, key_states), (self.values, value_states)):
                 # zeros, not empty: a masked NaN left in memory would still spoil the sum over values
-                tensors.append(states.new_zeros(self.num_blocks, BLOCK_SIZE, states.shape[1], states.shape[3]))
+                tensors[layer_idx] = states.new_zeros(self.num_blocks, BLOCK_SIZE, states.shape[1], states.shape[3])
         layout = self.layout
         self.keys[layer_idx][layout.block_N, layout.offset_N] = key_states[0].transpose(0, 1)
         self.values[layer_idx][layout.block_N, layout.offset_N] = value_states[0].transpose(0, 1)

@@ -2,7 +2,8 @@
 
 A stream is waiting, or running with a list of blocks; what is left to compute of it decides what it does: one token is decoding, more is
 prefill. A stream that finds no block for its next token takes them from the one that came last, which waits again and computes anew
-later (preemption): nobody fails for want of memory. Knows no torch and no threads.
+later (preemption): nobody fails for want of memory. In a pipeline several steps are under way at once, each of other streams.
+Knows no torch and no threads.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,17 +90,19 @@ class Segment:
 
 
 class Scheduler:
-    """`num_slots` bounds how many streams run together; the pool bounds how long they may all be."""
+    """`num_slots` bounds how many streams run together, the pool how long they may all be; `depth` steps may be under way at once."""
 
-    def __init__(self, *, num_slots: int, prefill_chunk: int, pool: BlockPool, prefix_cache: bool = True) -> None:
+    def __init__(self, *, num_slots: int, prefill_chunk: int, pool: BlockPool, prefix_cache: bool = True, depth: int = 1) -> None:
         self.num_slots = num_slots
         self.prefill_chunk = prefill_chunk
         self.pool = pool
         self.prefix_cache = prefix_cache
+        self.depth = depth
         self.running: list[Stream] = []  # by arrival: the last one is the first to give way
         self.num_preempted = 0
         self._waiting: list[tuple[int, int, Stream]] = []
         self._planned: dict[Stream, Segment] = {}  # of the step being planned; who is preempted leaves it
+        self._under_way: dict[Stream, Segment] = {}  # of the steps planned before and not computed yet
         self._arrivals = itertools.count()
 
     @property
@@ -116,8 +120,9 @@ class Scheduler:
     def plan(self) -> list[Segment]:
         """What the step computes: a token for every decoding stream, then prompts within the budget, oldest first."""
         self._planned.clear()
+        most = -(-len(self.running) // self.depth)
         for stream in list(self.running):
-            if stream.num_pending == 1:
+            if stream.num_pending == 1 and len(self._planned) < most:
                 self._compute(stream, 1)
         budget = self.prefill_chunk * (1 if self._planned else IDLE_CHUNK_FACTOR)
         for stream in list(self.running):
@@ -125,10 +130,19 @@ class Scheduler:
                 budget -= self._compute(stream, budget)
         while budget > 0 and (admitted := self._admit()):
             budget -= self._compute(admitted, budget)
+        self._under_way |= self._planned
         return list(self._planned.values())
 
-    def computed(self, segment: Segment) -> None:
-        """The segment's keys and values are in the cache; its full blocks become findable."""
+    def computed(self, plan: Sequence[Segment]) -> set[Stream]:
+        """A step is done: its keys and values are in the cache, full blocks become findable. Gives the streams that are still there."""
+        alive = {segment.stream for segment in plan if self._under_way.get(segment.stream) is segment}
+        for segment in plan:
+            if segment.stream in alive:
+                del self._under_way[segment.stream]
+                self._book(segment)
+        return alive
+
+    def _book(self, segment: Segment) -> None:
         stream = segment.stream
         stream.num_computed = segment.start + segment.num
         if self.prefix_cache:
@@ -141,6 +155,7 @@ class Scheduler:
         """Forget the stream, wherever it is; its blocks are free."""
         if stream in self.running:
             self.running.remove(stream)
+            self._under_way.pop(stream, None)  # what it still computes is written before its blocks' next owner writes
             self._release(stream)
             return
         self._waiting = [entry for entry in self._waiting if entry[2] is not stream]
@@ -150,9 +165,9 @@ class Scheduler:
         heapq.heappush(self._waiting, (stream.request.priority, stream.arrival, stream))
 
     def _compute(self, stream: Stream, most: int) -> int:
-        """Plan up to `most` tokens of a running stream; how many. None when it has given way, or must now."""
+        """Plan up to `most` tokens of a running stream; how many. None when it is under way, has given way, or must now."""
         num = min(most, stream.num_pending)
-        if stream not in self.running or not self._reserve(stream, stream.num_computed + num):
+        if stream not in self.running or stream in self._under_way or not self._reserve(stream, stream.num_computed + num):
             return 0
         self._planned[stream] = Segment(stream, stream.num_computed, num)
         return num
@@ -192,12 +207,14 @@ class Scheduler:
             stream.keys.extend(prefix_keys(ids, stream.salt, first=have, parent=stream.keys[-1] if have else b""))
 
     def _reserve(self, stream: Stream, num_tokens: int) -> bool:
-        """Blocks for the first `num_tokens` tokens, taken from later streams if need be; False when the stream itself gave way."""
+        """Blocks for the first `num_tokens` tokens, taken from later streams if need be; False when there are none for now."""
         missing = -(-num_tokens // BLOCK_SIZE) - len(stream.blocks)
         while missing > 0 and (taken := self.pool.take(missing)) is None:
-            last = self.running[-1]
-            self._preempt(last)
-            if last is stream:
+            later = [other for other in self.running[self.running.index(stream) :] if other not in self._under_way]
+            if later[-1] is stream and self._under_way:
+                return False  # who is under way comes back, and may end or give way then
+            self._preempt(later[-1])
+            if later[-1] is stream:
                 return False
         if missing > 0 and taken is not None:
             stream.blocks.extend(taken)

@@ -1,4 +1,4 @@
-"""A directory of safetensors: is it whole, what tensors does it hold? Read from the files' headers, without loading a weight.
+"""A directory of safetensors: is it whole, what tensors does it hold? Read from the files' headers, a weight only when asked for.
 
 Knows the file format and the index of shards; knows no architecture.
 """
@@ -11,13 +11,19 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from r1ray.errors import UnsupportedModel
 
-__all__ = ["INDEX", "link_or_copy", "num_parameters", "read_json", "tensor_shapes", "weight_files"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["INDEX", "Tensors", "checkpoint_tensors", "link_or_copy", "num_parameters", "read_json", "tensor_shapes", "weight_files"]
+
+Tensors = Callable[[str], "Tensor | None"]
+"""A checkpoint: a tensor by its Hugging Face name, None where there is none of that name."""
 
 INDEX = "model.safetensors.index.json"
 
@@ -51,6 +57,28 @@ def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
         UnsupportedModel: a file is no safetensors or shorter than its header says.
     """
     return {name: tuple(entry["shape"]) for file in files for name, entry in _header(file).items()}
+
+
+def checkpoint_tensors(directory: Path) -> Tensors:
+    """The tensors of a directory, each read from its shard when it is asked for, so that a pipeline stage reads its own only.
+
+    Raises:
+        UnsupportedModel: as `weight_files` and `tensor_shapes`.
+    """
+    from safetensors import safe_open
+
+    files = weight_files(directory)
+    places = {name: file for file in files for name in tensor_shapes([file])}
+    opened: dict[Path, Any] = {}
+
+    def tensor(name: str) -> Tensor | None:
+        if (file := places.get(name)) is None:
+            return None
+        if file not in opened:
+            opened[file] = safe_open(str(file), framework="pt")
+        return opened[file].get_tensor(name)
+
+    return tensor
 
 
 def num_parameters(files: Sequence[Path]) -> int:

@@ -37,8 +37,8 @@ class Memory:
                 assert wrote == (one.salt, tuple(ids[: position + 1])), "a stream reads what it would have computed"
             for position in range(segment.start, segment.start + segment.num):
                 self.cells[one.blocks[position // BLOCK_SIZE], position % BLOCK_SIZE] = (one.salt, tuple(ids[: position + 1]))
+        assert scheduler.computed(plan) == {segment.stream for segment in plan}
         for segment in plan:
-            scheduler.computed(segment)
             if segment.completes:
                 segment.stream.generated.append(segment.stream.num_tokens % 3)
         return plan

@@ -1,15 +1,12 @@
 """LoRA adapters for the kernels: read from a PEFT directory, many at once in a batch, each row with its own.
 
-Plain LoRA on the seven projections (rank-stabilised scaling included). What the kernels cannot apply beside others, such as DoRA or
-trained biases, is refused with the way out: merge it.
+Plain LoRA on the seven projections. What the kernels cannot apply beside others is refused with the way out: merge it.
 
 Shapes: r rank, N outputs, K inputs; A (r, K), B (N, r).
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,61 +18,40 @@ from torch import Tensor
 from r1ray.engine.native import structs
 from r1ray.engine.native.weights import PANEL
 from r1ray.errors import AdapterMismatch
+from r1ray.model.lora import read_lora
 
 if TYPE_CHECKING:
     from r1ray.engine.native.model import Shape
 
-__all__ = ["LoraTable", "read_lora"]
+__all__ = ["LoraTable", "read_adapter"]
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_NAME = re.compile(r"layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight$")
+_NAME = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.weight$")
 
-Pair = tuple[Tensor, Tensor]
-Lora = dict[tuple[int, str], Pair]
+Lora = dict[tuple[int, str], tuple[Tensor, Tensor]]
 """(layer, projection) -> A (r, K) and B transposed to (r, N) with the scale in it, float32."""
 
 
-def read_lora(path: Path, shape: Shape, layers: range) -> Lora:
+def read_adapter(path: Path, shape: Shape, layers: range) -> Lora:
     """The adapter's matrices of these layers.
 
     Raises:
-        AdapterMismatch: no adapter lies there, it is no plain LoRA, or a matrix has another shape than the model's.
+        AdapterMismatch: no plain LoRA adapter lies there, or a matrix has another shape than the model's.
     """
-    from safetensors.torch import load_file
-
-    if not (path / "adapter_config.json").is_file():
-        raise AdapterMismatch(f"{path} holds no adapter_config.json. Give the directory of a PEFT adapter.")
-    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    _check_kind(config, path)
-    halves: dict[tuple[int, str], dict[str, Tensor]] = {}
-    for name, tensor in load_file(path / "adapter_model.safetensors").items():
-        if (found := _NAME.search(name)) is None or found[2] not in PROJECTIONS:
+    adapter: Lora = {}
+    for name, (a, b) in read_lora(path).items():
+        if (found := _NAME.match(name)) is None or found[2] not in PROJECTIONS:
             raise AdapterMismatch(f"The adapter at {path} changes {name}; the CPU kernels take LoRA on the projections only. Merge it.")
-        halves.setdefault((int(found[1]), found[2]), {})[found[3]] = tensor
-    return {place: _pair(config, place, pair, shape, path) for place, pair in halves.items() if place[0] in layers}
-
-
-def _check_kind(config: dict[str, Any], path: Path) -> None:
-    wrong = [key for key in ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or wrong:
-        what = config.get("peft_type") if config.get("peft_type") != "LORA" else ", ".join(wrong) or "trained biases"
-        raise AdapterMismatch(
-            f"The adapter at {path} is more than plain LoRA ({what}); the CPU kernels cannot apply it beside others. "
-            "Merge it, or set engine.backend=transformers."
-        )
-
-
-def _pair(config: dict[str, Any], place: tuple[int, str], halves: dict[str, Tensor], shape: Shape, path: Path) -> Pair:
-    rank = int(config["r"])
-    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    n, k = _sizes(shape)[place[1]]
-    if set(halves) != {"A", "B"} or halves["A"].shape != (rank, k) or halves["B"].shape != (n, rank) or place[0] >= shape.num_layers:
-        shapes = {half: tuple(tensor.shape) for half, tensor in halves.items()}
-        raise AdapterMismatch(
-            f"The adapter at {path} does not fit: layer {place[0]} {place[1]} has {shapes}, the model wants A ({rank}, {k}) and "
-            f"B ({n}, {rank}) in {shape.num_layers} layers. Train it on this base."
-        )
-    return halves["A"].float().contiguous(), (halves["B"].float().T * scale).contiguous()
+        layer, which = int(found[1]), found[2]
+        n, k = _sizes(shape)[which]
+        if (b.shape[0], a.shape[1]) != (n, k) or layer >= shape.num_layers:
+            raise AdapterMismatch(
+                f"The adapter at {path} does not fit: its update of {name} is {(b.shape[0], a.shape[1])}, the model has "
+                f"{shape.num_layers} layers of {(n, k)} there. Train it on this base."
+            )
+        if layer in layers:
+            adapter[layer, which] = (a.contiguous(), b.T.contiguous())
+    return adapter
 
 
 def _sizes(shape: Shape) -> dict[str, tuple[int, int]]:

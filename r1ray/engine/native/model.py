@@ -7,10 +7,9 @@ transformers' own modules. A contiguous range of layers makes it one stage of a 
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from r1ray.engine.backend import BLOCK_SIZE, Piece
+from r1ray.engine.backend import BLOCK_SIZE, Immediate, Piece
 from r1ray.engine.native import build, structs
-from r1ray.engine.native.lora import LoraTable, read_lora
+from r1ray.engine.native.lora import LoraTable, read_adapter
 from r1ray.engine.native.weights import KINDS, PANEL, Packed, Precision, interleave, pack
+from r1ray.model.checkpoint import Tensors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["NativeModel", "NativeOptions", "Shape", "Tensors", "checkpoint_tensors", "kv_bytes_per_token", "refusal"]
+__all__ = ["NativeModel", "NativeOptions", "Shape", "kv_bytes_per_token", "refusal"]
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +34,6 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 LARGEST_HEAD = 512
 PARTS = ("start", "norm", "qkv", "rotate", "attention", "output", "gate_up", "down", "head")
-
-Tensors = Callable[[str], Tensor | None]
-"""A checkpoint: a tensor by its Hugging Face name, None where there is none of that name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +100,7 @@ class NativeOptions:
     layers: tuple[int, int] | None = None
 
 
-class NativeModel:
+class NativeModel(Immediate):
     """Layers [first, last) of a checkpoint; all of them by default."""
 
     def __init__(self, config: PretrainedConfig, tensors: Tensors, options: NativeOptions) -> None:
@@ -131,7 +128,7 @@ class NativeModel:
         return logits if self.last == self.shape.num_layers else after
 
     def load_adapter(self, name: str, path: Path) -> None:
-        self._loras.put(name, read_lora(path, self.shape, range(self.first, self.last)))
+        self._loras.put(name, read_adapter(path, self.shape, range(self.first, self.last)))
 
     def clear(self, blocks: Sequence[int]) -> None:
         for tensor in (*self._keys, *self._values):
@@ -273,7 +270,8 @@ def _tables(pieces: Sequence[Piece]) -> tuple[Tensor, int]:
 
 def _segments(pieces: Sequence[Piece], adapters: Sequence[int]) -> tuple[Any, Tensor]:
     segments = (structs.Segment * len(pieces))()
-    outputs, first = [], 0
+    outputs: list[int] = []
+    first = 0
     for number, (piece, adapter) in enumerate(zip(pieces, adapters, strict=True)):
         segments[number] = structs.Segment(first, len(piece.ids), piece.start, number, adapter)
         first += len(piece.ids)
@@ -294,23 +292,3 @@ def _rotary(config: PretrainedConfig, head_dim: int, context: int) -> tuple[Tens
         frequency, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     angle = torch.outer(torch.arange(context, dtype=torch.float32), frequency)
     return (angle.cos() * factor).contiguous(), (angle.sin() * factor).contiguous(), 1.0 / math.sqrt(head_dim)
-
-
-def checkpoint_tensors(directory: Path) -> Tensors:
-    """Tensors of a directory of safetensors, each read when asked for, so that a stage reads its own only."""
-    from safetensors import safe_open
-
-    from r1ray.model.checkpoint import INDEX, weight_files
-
-    files = weight_files(directory)
-    handles: dict[str, Any] = {file.name: safe_open(str(file), framework="pt") for file in files}
-    index = directory / INDEX
-    if index.is_file():
-        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    else:
-        places = {name: file for file, handle in handles.items() for name in handle.keys()}  # noqa: SIM118 - not a mapping
-
-    def tensor(name: str) -> Tensor | None:
-        return handles[places[name]].get_tensor(name) if name in places else None
-
-    return tensor

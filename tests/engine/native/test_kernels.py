@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from r1ray.engine.backend import Piece
 from r1ray.engine.native import build, structs
-from r1ray.engine.native.model import NativeModel, NativeOptions, Shape, checkpoint_tensors, kv_bytes_per_token, refusal
+from r1ray.engine.native.model import NativeModel, NativeOptions, Shape, kv_bytes_per_token, refusal
 from r1ray.engine.native.weights import interleave, pack
 from r1ray.errors import UnsupportedModel
+from r1ray.model.checkpoint import checkpoint_tensors
 
 needs_kernels = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 

@@ -1,0 +1,126 @@
+"""A pipeline over raylets; run by test_pipeline.py in a process of its own, since the session has a cluster.
+
+Two tiny models as 1, 2 and 3 stages, each stage on a node of its own, on both backends; then a stage is killed under load.
+Prints one JSON object: what each configuration generated, where its stages were, and what the streams saw when the stage died.
+Usage: python pipeline.py LLAMA_DIRECTORY DEEPSEEK_DIRECTORY
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from r1ray import cluster
+
+cluster.prepare_environment()
+
+from ray.cluster_utils import Cluster  # noqa: E402
+
+from r1ray.engine.config import EngineConfig  # noqa: E402
+from r1ray.engine.create import create_engine  # noqa: E402
+from r1ray.engine.protocol import GenerationRequest  # noqa: E402
+from r1ray.errors import EngineStopped  # noqa: E402
+from r1ray.model.importer import import_model  # noqa: E402
+from r1ray.registry import Registry  # noqa: E402
+from r1ray.settings import Settings  # noqa: E402
+from r1ray.types import Sampling  # noqa: E402
+
+PROMPTS = [tuple(range(20 + i, 60 + 9 * i)) for i in range(4)]
+
+
+def request(number: int, max_tokens: int = 12) -> GenerationRequest:
+    sampling = Sampling(temperature=0, max_tokens=max_tokens)
+    return GenerationRequest(id=str(number), prompt_ids=PROMPTS[number % 4], sampling=sampling, ignore_eos=True)
+
+
+async def tokens(engine: Any, wanted: GenerationRequest) -> list[int]:
+    async with aclosing(engine.generate(wanted)) as chunks:
+        return [token async for chunk in chunks for token in chunk.token_ids]
+
+
+async def generate(engine: Any) -> list[list[int]]:
+    await engine.start()
+    try:
+        return await asyncio.gather(*(tokens(engine, request(number)) for number in range(4)))
+    finally:
+        await engine.stop()
+
+
+def spread_engine(artifact: Any, registry: Registry, stages: int, backend: str) -> tuple[Any, Any]:
+    """An engine whose actors lie on nodes of their own, as in a replica with STRICT_SPREAD bundles."""
+    import ray
+    from ray.util.placement_group import placement_group
+
+    config = EngineConfig(dtype="float32", backend=backend, stages=stages, num_slots=4, prefill_chunk=16, num_threads=1, kv_cache_gb=0.01)
+    if stages == 1:
+        return create_engine(artifact, config, registry), None
+    group = placement_group([{"CPU": 1}] * stages, strategy="STRICT_SPREAD")
+    ray.get(group.ready(), timeout=60)
+    real = ray.util.get_current_placement_group
+    ray.util.get_current_placement_group = lambda: group  # what a replica inside the group sees
+    try:
+        return create_engine(artifact, config, registry), group
+    finally:
+        ray.util.get_current_placement_group = real
+
+
+async def killed(engine: Any) -> list[str]:
+    """What every running stream and a late one see when a stage dies."""
+    import ray
+
+    await engine.start()
+    running = [asyncio.create_task(tokens(engine, request(number, 400))) for number in range(4)]
+    while engine.stats().num_generated_tokens < 8:
+        await asyncio.sleep(0.005)
+    ray.kill(engine._backend._actors[0])
+    seen = await asyncio.gather(*running, return_exceptions=True)
+    try:
+        await tokens(engine, request(9))
+    except EngineStopped as error:
+        seen.append(error)
+    return [f"{type(outcome).__name__}: {outcome}" for outcome in seen] + [engine.stats().state]
+
+
+def main(directories: dict[str, Path]) -> None:
+    import ray
+    from ray.util import remove_placement_group
+
+    settings = Settings()
+    settings.home.mkdir(parents=True, exist_ok=True)
+    registry = Registry(settings)
+    artifacts = {name: import_model(str(path), name=name, registry=registry) for name, path in directories.items()}
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    found: dict[str, Any] = {}
+    try:
+        for _ in range(2):
+            nodes.add_node(num_cpus=2)
+        os.environ["RAY_ADDRESS"] = nodes.address
+        ray.init(address=nodes.address, log_to_driver=False)
+        for name, stages, backend in (
+            ("llama", 1, "auto"),
+            ("llama", 2, "auto"),
+            ("llama", 2, "transformers"),
+            ("deepseek", 1, "auto"),
+            ("deepseek", 2, "auto"),
+            ("deepseek", 3, "auto"),
+        ):
+            engine, group = spread_engine(artifacts[name], registry, stages, backend)
+            places = getattr(engine._backend, "nodes", [])
+            found[f"{name}/{stages}/{backend}"] = {"nodes": len(set(places)), "tokens": asyncio.run(generate(engine))}
+            if group is not None:
+                remove_placement_group(group)
+        engine, _ = spread_engine(artifacts["llama"], registry, 2, "auto")
+        found["killed"] = asyncio.run(killed(engine))
+        print("FOUND " + json.dumps(found), flush=True)
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+
+
+if __name__ == "__main__":
+    main({"llama": Path(sys.argv[1]), "deepseek": Path(sys.argv[2])})

@@ -1,0 +1,51 @@
+"""A model over several raylets generates what one process generates, and a dead stage is an error for every stream at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def tiny_deepseek_of_three_layers(tiny_deepseek_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """R1's architecture with a third layer, so that it can have three stages."""
+    import shutil
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    out = tmp_path_factory.mktemp("tiny_deepseek_three")
+    shutil.copytree(tiny_deepseek_v3, out, dirs_exist_ok=True)
+    config = AutoConfig.from_pretrained(tiny_deepseek_v3)
+    config.num_hidden_layers = 3
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(out)
+    return out
+
+
+def test_stages_on_nodes_of_their_own_generate_what_one_process_does(
+    tiny_llama: Path, tiny_deepseek_of_three_layers: Path, tmp_path: Path
+) -> None:
+    environment = os.environ | {"R1RAY_HOME": str(tmp_path / "home"), "RAY_AUTH_MODE": "disabled"}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, str(Path(__file__).with_name("pipeline.py")), str(tiny_llama), str(tiny_deepseek_of_three_layers)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-4000:]
+    found = json.loads(lines[0].removeprefix("FOUND "))
+    *seen, state = found.pop("killed")
+    assert len(seen) == 5
+    assert all("EngineStopped" in outcome and "stage of the pipeline is gone" in outcome for outcome in seen), seen
+    assert state == "failed"
+    for key, run in found.items():
+        name, stages, _ = key.split("/")
+        assert run["nodes"] == int(stages) - 1, key
+        assert run["tokens"] == found[f"{name}/1/auto"]["tokens"], key
+    assert all(len(tokens) == 12 for run in found.values() for tokens in run["tokens"])
