@@ -1,6 +1,6 @@
 """Is the simulator right? Step costs measured on the real engine, then one workload simulated and played for real, side by side.
 
-    python scripts/bench_simulator.py [--loads 0.4,0.75] [--seconds 30] [--slots 8] [--json FILE]
+    python scripts/bench_simulator.py [--loads 0.4,0.7] [--seconds 30] [--slots 8] [--json FILE]
 
 Uses the engine through r1ray.engine.protocol alone: what a step costs is worked out from the times at which tokens arrive. The bundled
 model generates on this machine; end of turn is ignored, so that lengths are those of the workload. Exit code 1 when a median of TTFT
@@ -156,26 +156,32 @@ def show(rows: list[Row]) -> None:
     console.print(table)
 
 
-async def run(engine: Engine, limits: Limits, loads: list[float], seconds: float) -> tuple[StepCost, list[Row]]:
-    """Probes stand before, between and after the workloads, since a shared machine's speed drifts; only they make the prediction."""
+async def run(engine: Engine, limits: Limits, loads: list[float], seconds: float) -> tuple[list[StepCost], list[Row]]:
+    """Each workload is predicted from the probes just before and just after it, since a shared machine's speed drifts."""
     await engine.start()
     await together(engine, limits.num_slots, 64, 8)  # warm-up
-    samples = await probes(engine, limits)
-    capacity = requests_per_s(fit(samples), limits)
-    console.print(f"{len(samples)} probes; capacity about {capacity:.2f} requests/s", style="dim")
-    played = []
+    before = await probes(engine, limits)
+    capacity = requests_per_s(fit(before), limits)
+    console.print(f"{len(before)} probes; capacity about {capacity:.2f} requests/s", style="dim")
+    costs, rows = [], []
     for load in loads:
         trace = workload(load * capacity, max(10, round(seconds * load * capacity)))
-        played.append((load, trace, await play(engine, trace)))
-        console.print(f"load {load:.0%}: {len(trace.arrivals)} requests in {played[-1][2][1]:.0f} s", style="dim")
-        samples += await probes(engine, limits)
+        real = await play(engine, trace)
+        after = await probes(engine, limits)
+        cost = fit([*before, *after])
+        report(load, trace, cost, [*before, *after])
+        costs.append(cost)
+        rows += compare(load, trace, cost, limits, real)
+        before = after
     await engine.stop()
-    cost = fit(samples)
-    spread = [cost_of(cost, sample) / sample.seconds - 1 for sample in samples]
-    console.print(f"a step: {1000 * cost.fixed:.2f} ms, {1e6 * cost.per_prefill_token:.0f} us per prompt token,")
-    console.print(f"{1000 * cost.per_row:.2f} ms per stream, {1e6 * cost.per_context_token:.2f} us per position")
-    console.print(f"fits {len(samples)} probes to {np.std(spread):.1%}")
-    return cost, [row for load, trace, real in played for row in compare(load, trace, cost, limits, real)]
+    return costs, rows
+
+
+def report(load: float, trace: Trace, cost: StepCost, samples: list[Sample]) -> None:
+    spread = np.std([cost_of(cost, sample) / sample.seconds - 1 for sample in samples])
+    console.print(f"load {load:.0%}, {len(trace.arrivals)} requests; a step: {1000 * cost.fixed:.2f} ms,", style="dim")
+    console.print(f"{1e6 * cost.per_prefill_token:.0f} us per prompt token, {1000 * cost.per_row:.2f} ms per stream,", style="dim")
+    console.print(f"{1e6 * cost.per_context_token:.2f} us per position; fits its probes to {spread:.1%}", style="dim")
 
 
 def workload(rate: float, requests: int) -> Trace:
@@ -193,7 +199,7 @@ def cost_of(cost: StepCost, sample: Sample) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loads", default="0.4,0.75", help="shares of the engine's capacity that arrive, comma-separated")
+    parser.add_argument("--loads", default="0.4,0.7", help="shares of the engine's capacity that arrive, comma-separated")
     parser.add_argument("--seconds", type=float, default=30, help="of arrivals per load")
     parser.add_argument("--slots", type=int, default=8, help="engine.num_slots")
     parser.add_argument("--idle-factor", type=int, default=4, help="prompt pieces that an idle engine reads in one step")
@@ -207,10 +213,10 @@ def main() -> int:
     engine = create_engine(import_model("smollm2", registry=registry), config, registry)
     limits = Limits(num_slots=arguments.slots, prefill_chunk=config.prefill_chunk, idle_factor=arguments.idle_factor)
     loads = [float(load) for load in arguments.loads.split(",")]
-    cost, rows = asyncio.run(run(engine, limits, loads, arguments.seconds))
+    costs, rows = asyncio.run(run(engine, limits, loads, arguments.seconds))
     show(rows)
     if arguments.json:
-        record: dict[str, Any] = {"cost": asdict(cost), "rows": [asdict(row) | {"error": row.error} for row in rows]}
+        record: dict[str, Any] = {"costs": [asdict(cost) for cost in costs], "rows": [asdict(row) | {"error": row.error} for row in rows]}
         arguments.json.write_text(json.dumps(record, indent=1), encoding="utf-8")
     return int(any(row.counts and abs(row.error) > ALLOWED for row in rows))
 
