@@ -58,6 +58,23 @@ class ModelArgs(Config):
     placement: PlacementArgs = Field(default_factory=PlacementArgs, description="What each replica reserves, and where.")
     max_surge_percent: int = Field(default=0, ge=0, le=100, description="Extra replicas during an update; needs that much free capacity.")
 
+    @model_validator(mode="after")
+    def _a_bundle_per_stage(self) -> Self:
+        num_bundles, stages = len(self.placement.bundles), self.engine.stages
+        if num_bundles and stages > 1 and num_bundles != stages:
+            raise ValueError(f"placement.bundles has {num_bundles} bundles for engine.stages={stages}; give one per stage, or none")
+        return self
+
+    @property
+    def replica_bundles(self) -> list[dict[str, float]]:
+        """What one replica reserves: bundle 0 is the replica itself, the others its pipeline stages'."""
+        place = self.placement
+        if place.bundles:
+            return [dict(bundle) for bundle in place.bundles]
+        own = {"CPU": place.num_cpus, "GPU": place.num_gpus, **place.resources}
+        other = {"CPU": self.engine.stage_cpus, "GPU": place.num_gpus, **place.resources}
+        return [{name: amount for name, amount in bundle.items() if amount} for bundle in [own, *[other] * (self.engine.stages - 1)]]
+
 
 class RetrievalArgs(Config):
     """The deployment that finds passages; deployed only if some model has a collection."""

@@ -60,12 +60,7 @@ def read_app_args(path: str | Path) -> tuple[AppArgs, Mapping[str, Any]]:
 
 def bundles_of(model: ModelArgs) -> list[dict[str, float]]:
     """What the least number of replicas of a model reserves."""
-    place = model.placement
-    if place.bundles:
-        one = [dict(bundle) for bundle in place.bundles]
-    else:
-        one = [{"CPU": place.num_cpus, "GPU": place.num_gpus, **place.resources}]
-    return [bundle for _ in range(max(1, model.autoscaling.min_replicas)) for bundle in one]
+    return [bundle for _ in range(max(1, model.autoscaling.min_replicas)) for bundle in model.replica_bundles]
 
 
 def main(argv: list[str]) -> int:

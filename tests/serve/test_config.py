@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from r1ray.cluster import Cluster, Node
 from r1ray.config import keys
@@ -51,6 +52,17 @@ def test_the_shipped_file_shows_every_setting_of_the_application() -> None:
         key for key in keys(ModelArgs) if not key.startswith("engine.")
     ]
     assert [key for key in ours if key.split(".")[-1] not in shown] == []
+
+
+def test_a_pipeline_reserves_a_bundle_per_stage() -> None:
+    from r1ray.serve.app import _model_options
+
+    model = {"id": "a", "ref": "a@1", "engine": {"stages": 3, "stage_cpus": 2}, "placement": {"num_cpus": 1, "strategy": "STRICT_SPREAD"}}
+    options = _model_options(ModelArgs.model_validate(model))
+    assert options["placement_group_bundles"] == [{"CPU": 1}, {"CPU": 2}, {"CPU": 2}]
+    assert options["placement_group_strategy"] == "STRICT_SPREAD"
+    with pytest.raises(ValidationError, match="2 bundles for engine.stages=3"):
+        ModelArgs.model_validate(model | {"placement": {"bundles": [{"CPU": 1}, {"CPU": 1}]}})
 
 
 def test_serve_makes_our_args_of_the_file() -> None:
