@@ -154,6 +154,8 @@ def _conversation(raw: RawRow, parse: Parser, config: DataConfig, ids: _Ids) -> 
         raise BadRow(raw.problem)
     given, turns = parse(raw.values)
     messages = tuple(repair(turns) if config.role_order == "repair" else turns)
+    if turns and not messages:
+        raise BadRow("no answer to any question; without the unanswered end nothing is left")
     check_order(messages)
     stored = raw.values.get("source") if "utterances" in raw.values else None  # our own schema keeps the first place
     name = ids.unique(given, messages, raw)

@@ -178,7 +178,9 @@ class PrepareConfig(Config):
     balance: BalanceConfig = Field(default_factory=BalanceConfig, description="What is thinned out.")
     mix: MixConfig = Field(default_factory=MixConfig, description="How sources go together.")
     diversity: DiversityConfig = Field(default_factory=DiversityConfig, description="How different the rows are.")
-    max_reject_share: Share = Field(default=0.5, description="Share of rejected rows above which the job fails: the data needs a look.")
+    max_reject_share: Share = Field(
+        default=0.5, description="Share of bad rows above which the job fails; what balance and mix leave out is not bad."
+    )
     batch_rows: int = Field(default=1024, ge=1, description="Rows that are held in memory at a time.")
     seed: int = Field(default=0, description="Of every random choice.")
     track: bool = Field(default=True, description="Record the run in MLflow.")

@@ -39,6 +39,8 @@ from r1ray.settings import Settings
 
 __all__ = ["Prepared", "prepare"]
 
+_BY_DESIGN = ("balance", "mix")  # sound rows that are left out say nothing against the data
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
@@ -54,7 +56,7 @@ def prepare(config: PrepareConfig, settings: Settings, *, embed: Embedder | None
 
     Raises:
         InvalidValue, NothingToTrain, UnknownFormat, WrongEncoding, MissingColumn: a source as a whole cannot be read.
-        TooManyBadRows: more than `max_reject_share` of the rows were dropped; the rejects file is written all the same.
+        TooManyBadRows: more than `max_reject_share` of the rows are bad; the rejects file is written all the same.
         DiskFull: no room; nothing is written.
     """
     out = _destination(config, settings)
@@ -157,9 +159,10 @@ def _failure(config: PrepareConfig, ledger: Ledger, report: dict[str, Any], reje
         return None
     steps = {step: sum(counts[step] for counts in ledger.dropped.values()) for counts in ledger.dropped.values() for step in counts}
     shown = ", ".join(f"{number} {step}" for step, number in sorted(steps.items(), key=lambda pair: -pair[1]))
-    if num_dropped > config.max_reject_share * num_in:
+    num_bad = num_dropped - sum(counts[step] for counts in ledger.dropped.values() for step in _BY_DESIGN)
+    if num_bad > config.max_reject_share * num_in:
         return TooManyBadRows(
-            f"{num_dropped} of {num_in} rows were dropped ({shown}), more than max_reject_share={config.max_reject_share:g} allows. "
+            f"{num_bad} of {num_in} rows are bad ({shown}), more than max_reject_share={config.max_reject_share:g} allows. "
             f"Each is in {rejects} with its reason. Mend them, loosen the rule, or raise the share."
         )
     if not report["rows_out"]:

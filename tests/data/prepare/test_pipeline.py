@@ -193,10 +193,23 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(settings, tm
 
 
 def test_too_many_rejects_fail_and_leave_only_their_list(settings, tmp_path):
-    with pytest.raises(TooManyBadRows, match=r"3 of 4 rows were dropped \(3 schema\), more than max_reject_share=0.5") as caught:
+    with pytest.raises(TooManyBadRows, match=r"3 of 4 rows are bad \(3 schema\), more than max_reject_share=0.5") as caught:
         run(settings, tmp_path, [row(QUESTIONS[0]), {"messages": []}, {"messages": 1}, {"messages": []}], max_reject_share=0.5)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["x.rejects.jsonl"]
     assert str(tmp_path / "out/x.rejects.jsonl") in str(caught.value)
+
+
+def test_rows_left_out_by_design_do_not_fail_the_job(settings, tmp_path):
+    general = save(tmp_path / "general.jsonl", [row(f"{q} {n}") for n, q in enumerate(QUESTIONS * 4)])
+    domain = save(tmp_path / "domain.jsonl", [row(q) for q in QUESTIONS])
+    sources = [{"path": domain}, {"path": general, "role": "out_of_domain"}]
+    result = run(settings, tmp_path, [], sources=sources, max_reject_share=0.1, clean={"near_duplicates": None})
+    assert result.report["roles"] == {"domain": 12, "out_of_domain": 1}
+
+
+def test_a_row_whose_question_nobody_answers_says_so(settings, tmp_path):
+    result = run(settings, tmp_path, [row(QUESTIONS[0]), {"messages": [{"role": "user", "content": "Hello?"}]}])
+    assert rejects(result)[0]["reason"].startswith("no answer to any question")
 
 
 def test_no_row_left_is_nothing_to_train(settings, tmp_path):
