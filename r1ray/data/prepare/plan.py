@@ -76,7 +76,7 @@ class Walk:
 
 
 def _plan(path: Path) -> MixPlan:
-    stored = (pq.read_schema(path).metadata or {}).get(_KEY.encode())
+    stored = (pq.read_metadata(path).metadata or {}).get(_KEY.encode())
     if stored is None:
         raise UnknownFormat(f"{path} has no mix plan: it was not written by jobs/prepare_data.py. Prepare it first.")
     tree = json.loads(stored)

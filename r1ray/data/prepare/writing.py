@@ -138,7 +138,7 @@ class SecondPass:
             _log.warning("out-of-domain rows are %.1f %% of the set, less than 10 %%: their source is too small", 100 * others / total)
         if total and self._roles["domain"] < self._config.mix.domain_share * total:
             _log.warning(
-                "domain rows are %.0f %% of the file, less than mix.domain_share=%g; training draws them as often as that all the same",
+                "domain rows are %.0f %% of the file, less than mix.domain_share=%g; the mix plan draws them as often as that all the same",
                 100 * self._roles["domain"] / total,
                 self._config.mix.domain_share,
             )
