@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from r1ray.types import Conversation, EntityValue, Message
 
-__all__ = ["Span", "bounded", "edited", "entities_of", "is_free", "protected", "question_start"]
+__all__ = ["Span", "bounded", "edited", "entities_of", "intents_of", "is_free", "protected", "question_start"]
 
 # The compact layout ends with the passages, R1's official one with a heading before the question (model.prompts).
 _BEFORE_QUESTION = re.compile(r"\[webpage \d+ end\]|^# (?:The user's message:|用户消息：)$", re.M)
@@ -20,6 +20,11 @@ Span = tuple[int, int]
 def entities_of(conversation: Conversation) -> dict[str, EntityValue]:
     """Every annotated entity; the last value where a name has several."""
     return {name: value for m in conversation.messages if m.annotations for name, value in m.annotations.entities.items()}
+
+
+def intents_of(conversation: Conversation) -> dict[str, str | None]:
+    """Entity -> the intent that it was annotated with, the last one as in `entities_of`."""
+    return {name: m.annotations.intent for m in conversation.messages if m.annotations for name in m.annotations.entities}
 
 
 def question_start(text: str) -> int:
