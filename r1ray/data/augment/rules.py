@@ -15,7 +15,7 @@ import yaml
 
 from r1ray.data.augment.config import EntitiesConfig, SynonymsConfig, SyntaxConfig
 from r1ray.data.augment.provenance import Made, recorded
-from r1ray.data.augment.spans import Span, bounded, edited, entities_of, is_free, question_start
+from r1ray.data.augment.spans import Span, bounded, edited, entities_of, intents_of, is_free, question_start
 from r1ray.errors import InvalidValue
 from r1ray.model.prompts import detect_language
 from r1ray.types import Annotations, Conversation, EntityValue, Message
@@ -85,39 +85,44 @@ class ReplaceSynonyms:
 
 
 class EntityPools:
-    """Values of each entity that the set holds, by name and language; so many at most that the pools do not grow with the set."""
+    """Values of each entity that the set holds, by intent, name and language: an amount to pay back is none to withdraw.
+
+    So many at most that the pools do not grow with the set.
+    """
 
     def __init__(self) -> None:
-        self._values: defaultdict[tuple[str, str], dict[EntityValue, None]] = defaultdict(dict)
+        self._values: defaultdict[tuple[str | None, str, str], dict[EntityValue, None]] = defaultdict(dict)
+        self._by_intent = True
 
     @classmethod
     def of(cls, path: Path) -> EntityPools:
         """From a YAML file: entity -> values, for both languages."""
         pools = cls()
+        pools._by_intent = False
         for name, values in read_wording(path, "synonyms").items():
             if not isinstance(values, list):
                 raise InvalidValue(f"{path}: {name} is no list of values. Write e.g. `{name}: [a, b]`.")
             for language in ("zh", "en"):
-                pools._values[name, language] = dict.fromkeys(values)
+                pools._values[None, name, language] = dict.fromkeys(values)
         return pools
 
     def add(self, row: Conversation) -> None:
         entities = entities_of(row)
         if not entities:
             return
-        language = detect_language(_questions(row))
+        language, intents = detect_language(_questions(row)), intents_of(row)
         for name, value in entities.items():
-            pool = self._values[name, language]
+            pool = self._values[intents[name], name, language]
             if len(pool) < _LARGEST_POOL and not isinstance(value, bool):
                 pool[value] = None
 
-    def other(self, name: str, value: EntityValue, language: str, rng: random.Random) -> EntityValue | None:
-        """Another value of the same entity and type; masks stay masks."""
+    def other(self, row: Conversation, name: str, rng: random.Random) -> EntityValue | None:
+        """Another value of the row's entity, of the same type; masks stay masks."""
+        value, language = entities_of(row)[name], detect_language(_questions(row))
         if isinstance(value, str) and value.startswith("["):
             return None
-        choices = [
-            v for v in self._values.get((name, language), ()) if v != value and type(v) is type(value) and not str(v).startswith("[")
-        ]
+        pool = self._values.get((intents_of(row)[name] if self._by_intent else None, name, language), {})
+        choices = [other for other in pool if other != value and type(other) is type(value) and not str(other).startswith("[")]
         return rng.choice(choices) if choices else None
 
 
@@ -135,10 +140,9 @@ class ReplaceEntities:
 
     def _one(self, row: Conversation) -> Made | None:
         rng = rng_of(self._seed, self.name, row)
-        language = detect_language(_questions(row))
         swaps: dict[str, tuple[EntityValue, EntityValue]] = {}
         for name, value in entities_of(row).items():
-            other = self._pools.other(name, value, language, rng) if replaceable(row, value) else None
+            other = self._pools.other(row, name, rng) if replaceable(row, value) else None
             if other is not None:
                 swaps[name] = value, other
         if not swaps:

@@ -65,7 +65,7 @@ class LogicTraps:
             return None
         language = detect_language(question.content[question_start(question.content) :])
         for name, value in answer.annotations.entities.items():
-            other = self._pools.other(name, value, language, rng)
+            other = self._pools.other(row, name, rng)
             named = bounded(value).search(question.content, question_start(question.content)) is not None
             if other is None or not named or not replaceable(row, value):
                 continue

@@ -112,6 +112,18 @@ def test_an_entity_stays_where_its_change_could_be_wrong(question, reply, entiti
     assert operator.apply([row]) == [None]
 
 
+def test_values_come_from_rows_of_the_same_intent_or_from_the_users_file(tmp_path):
+    other_intent = Conversation(id="o", messages=(Message(role="user", content="my question"), answered("other", "ok", {"card": "iron"})))
+    known = pools(card=["gold", "silver"])
+    known.add(other_intent)
+    rows = [dialogue("my gold card", name=f"r{n}", entities={"card": "gold"}) for n in range(20)]
+    drawn = {made.conversation.messages[0].content for made in ReplaceEntities(EntitiesConfig(), 0, known).apply(rows)}
+    assert drawn == {"my silver card"}
+    (tmp_path / "v.yaml").write_text("card: [gold, bronze]\n")
+    (made,) = ReplaceEntities(EntitiesConfig(values=tmp_path / "v.yaml"), 0, known).apply(rows[:1])
+    assert made.conversation.messages[0].content == "my bronze card"
+
+
 @pytest.mark.parametrize(
     ("question", "forms"),
     [
