@@ -61,7 +61,7 @@ def test_a_pipeline_reserves_a_bundle_per_stage() -> None:
     options = _model_options(ModelArgs.model_validate(model))
     assert options["placement_group_bundles"] == [{"CPU": 1}, {"CPU": 2}, {"CPU": 2}]
     assert options["placement_group_strategy"] == "STRICT_SPREAD"
-    with pytest.raises(ValidationError, match="2 bundles for engine.stages=3"):
+    with pytest.raises(ValidationError, match=r"2 bundles for engine\.stages=3"):
         ModelArgs.model_validate(model | {"placement": {"bundles": [{"CPU": 1}, {"CPU": 1}]}})
 
 

@@ -1,0 +1,257 @@
+"""Speed and memory of the in-house engine against its peers, all in one run.
+
+    scripts/bench engine [--ours-only] [--json FILE] [--repeats N]
+
+Prompts of exactly 128 tokens submitted together, 64 new tokens each, greedy, end of turn ignored, on the bundled model; tokens_per_s
+counts new tokens over wall time, prefill included; ttft_ms is the time of the same prompts with one new token. A second workload: 1024
+tokens that requests share, and how soon the first token comes when they are in the cache. Rows have processes of their own, and ours and
+theirs take turns. The peers live in environments of their own, which `uv run` makes from the first lines of scripts/peers/*.py (the first
+time downloads some 4 GB). Timings are of the machine named in the first line; only ratios within one run compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+PEERS = Path(__file__).with_name("peers")
+sys.path.insert(0, str(PEERS))
+
+from workload import CONCURRENCIES, NUM_NEW, prompts  # noqa: E402
+
+from r1ray.engine.config import EngineConfig  # noqa: E402
+from r1ray.engine.protocol import GenerationRequest  # noqa: E402
+from r1ray.registry import Registry  # noqa: E402
+from r1ray.settings import Settings  # noqa: E402
+from r1ray.types import Artifact, Sampling  # noqa: E402
+
+PEER_TIMEOUT_S = 1200
+console = Console()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; the fastest of the repeats."""
+
+    engine: str
+    precision: str
+    concurrency: int
+    tokens_per_s: float
+    ttft_ms: float
+    peak_mb: float
+
+
+def machine() -> str:
+    import torch
+    import transformers
+
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "unknown CPU"
+    )
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{os.cpu_count()} x {cpu}, {platform.system()}, {versions}, load {os.getloadavg()[0]:.1f}"
+
+
+def requests(prompt_ids: Iterable[Iterable[int]], num_new: int) -> list[GenerationRequest]:
+    sampling = Sampling(temperature=0, max_tokens=num_new)
+    stamp = time.monotonic_ns()
+    return [
+        GenerationRequest(id=f"{stamp}-{number}", prompt_ids=tuple(ids), sampling=sampling, ignore_eos=True)
+        for number, ids in enumerate(prompt_ids)
+    ]
+
+
+def ours(artifact: Artifact, precision: str, concurrency: int, repeats: int) -> Row:
+    from r1ray.engine.create import create_engine
+    from r1ray.engine.offline import generate_all
+
+    config = EngineConfig(num_slots=concurrency, max_context=512, dtype=precision, prefill_chunk=1024)  # type: ignore[arg-type]
+    engine = create_engine(artifact, config, Registry())
+
+    def seconds(run: int, num_new: int) -> float:
+        wanted = requests(prompts(concurrency, run), num_new)
+        start = time.perf_counter()
+        generate_all(engine, wanted)
+        return time.perf_counter() - start
+
+    seconds(0, 4)
+    ttft_s = min(seconds(run, 1) for run in range(1, repeats + 1))
+    rate = concurrency * NUM_NEW / min(seconds(100 + run, NUM_NEW) for run in range(1, repeats + 1))
+    return Row("r1ray", {"bfloat16": "bf16"}.get(precision, precision), concurrency, rate, 1000 * ttft_s, peak_mb())
+
+
+def transformers_generate(artifact: Artifact, _precision: str, concurrency: int, repeats: int) -> Row:
+    import torch
+
+    from r1ray.model.load import load_model
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    model: Any = load_model(artifact, registry=Registry(), dtype="bfloat16")
+
+    def seconds(run: int, num_new: int) -> float:
+        ids = torch.tensor(prompts(concurrency, run))
+        start = time.perf_counter()
+        with torch.inference_mode():
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_new, min_new_tokens=num_new, do_sample=False)
+        return time.perf_counter() - start
+
+    seconds(0, 2)
+    ttft_s = min(seconds(run, 1) for run in range(1, repeats + 1))
+    rate = concurrency * NUM_NEW / min(seconds(100 + run, NUM_NEW) for run in range(1, repeats + 1))
+    return Row("transformers generate", "bf16", concurrency, rate, 1000 * ttft_s, peak_mb())
+
+
+def shared_prefix(artifact: Artifact, precision: str) -> dict[str, float]:
+    """Milliseconds to the first token after 1024 tokens seen for the first time, and when the cache has them; and the start-up."""
+    from r1ray.engine.create import create_engine
+    from r1ray.engine.offline import generate_all
+
+    start = time.perf_counter()
+    engine = create_engine(artifact, EngineConfig(num_slots=4, max_context=2048, dtype=precision), Registry())  # type: ignore[arg-type]
+    start_s = time.perf_counter() - start
+    generate_all(engine, requests([range(100, 140)], 2))
+    misses, hits = [], []
+    for run in range(3):
+        prefix = [2000 + 3000 * run + 7 * place % 2900 for place in range(1024)]
+        for times, tail in ((misses, 5), (hits, 6), (hits, 7)):
+            begin = time.perf_counter()
+            generate_all(engine, requests([[*prefix, *range(tail, tail + 32)]], 1))
+            times.append(1000 * (time.perf_counter() - begin))
+    return {"miss_ms": min(misses), "hit_ms": min(hits), "start_s": start_s}
+
+
+def step_profile(artifact: Artifact, precision: str, concurrency: int) -> dict[str, float]:
+    """Milliseconds of one decode step at 256 positions: the whole step of the engine, and the parts of the backend's pass."""
+    import torch
+
+    from r1ray.engine.backend import Piece
+    from r1ray.engine.create import create_engine
+    from r1ray.engine.sampler import sample
+    from r1ray.engine.scheduler import Stream
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    engine: Any = create_engine(artifact, EngineConfig(num_slots=concurrency, max_context=512, dtype=precision), Registry())  # type: ignore[arg-type]
+    backend, tables = engine._backend, [list(range(9 * s, 9 * s + 9)) for s in range(concurrency)]
+    backend.forward([Piece(ids=list(range(256)), start=0, table=table, num_logits=0) for table in tables])
+    streams = [Stream(request, None, 64, frozenset()) for request in requests([[1]] * concurrency, 64)]  # type: ignore[arg-type]
+    best: dict[str, float] = {"pass": 1e9, "draw": 1e9}
+    for _ in range(20):
+        pieces = [Piece(ids=[7], start=256, table=table, num_logits=1) for table in tables]
+        begin = time.perf_counter()
+        logits = backend.forward(pieces)
+        middle = time.perf_counter()
+        sample(logits, streams)
+        best = {"pass": min(best["pass"], middle - begin), "draw": min(best["draw"], time.perf_counter() - middle)}
+    shares = backend.profile() if hasattr(backend, "profile") else {}
+    parts = {part: 1000 * best["pass"] * share for part, share in shares.items()}
+    return {"pass_ms": 1000 * best["pass"], "draw_ms": 1000 * best["draw"], **parts}
+
+
+def peer(script: str, *arguments: str) -> list[Row]:
+    """Rows of a peer in its own environment; none, with the reason said, when it does not run."""
+    command = ["uv", "run", "--no-project", "--script", str(PEERS / script), *arguments]
+    environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PEER_TIMEOUT_S, check=False)
+    rows = [Row(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode != 0 or not rows:
+        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        console.print(f"{script} did not run: {reason}", style="yellow")
+    return rows
+
+
+def peers(artifact: Artifact, repeats: int) -> list[Row]:
+    if shutil.which("uv") is None:
+        console.print("no uv: the peers in environments of their own are left out", style="yellow")
+        return []
+    exported = Settings().cache / "bench" / f"openvino-{artifact.manifest.weights_sha256[:12]}"
+    if not exported.is_dir():
+        console.print("exporting the model for OpenVINO (once)", style="dim")
+        staged = exported.with_suffix(".partial")
+        shutil.rmtree(staged, ignore_errors=True)
+        peer("export_openvino.py", str(artifact.path), str(staged))
+        if staged.is_dir():
+            staged.rename(exported)
+    return [*peer("run_openvino.py", str(exported), str(repeats)), *peer("run_vllm.py", str(artifact.path), str(repeats))]
+
+
+def peak_mb() -> float:
+    """Of this process, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def alone(measure: Callable[..., Any], *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(measure, *arguments).result()
+
+
+def show(rows: list[Row]) -> None:
+    """Ratios: ours in bf16 against the best bf16 peer, ours in int8 against the best peer of any precision."""
+    table = Table("engine", "precision", "concurrency", "tokens/s", "TTFT ms", "peak MiB", "to the best peer")
+    for row in sorted(rows, key=lambda row: (row.concurrency, row.engine)):
+        rivals = [r.tokens_per_s for r in rows if r.engine != "r1ray" and r.concurrency == row.concurrency]
+        if row.precision == "bf16":
+            rivals = [
+                r.tokens_per_s for r in rows if r.engine != "r1ray" and r.concurrency == row.concurrency and r.precision == row.precision
+            ]
+        ratio = f"{row.tokens_per_s / max(rivals):.2f}x" if row.engine == "r1ray" and rivals else ""
+        cells = (f"{row.tokens_per_s:.0f}", f"{row.ttft_ms:.0f}", f"{row.peak_mb:.0f}", ratio)
+        table.add_row(row.engine, row.precision, str(row.concurrency), *cells)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ours-only", action="store_true", help="leave the peers out")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    parser.add_argument("--repeats", type=int, default=2, help="measurements per row after the warm-up; the fastest counts")
+    arguments = parser.parse_args()
+    from r1ray.model.importer import import_model
+
+    artifact = import_model("smollm2", registry=Registry())
+    console.print(machine())
+    rows: list[Row] = []
+    for concurrency in CONCURRENCIES:
+        kinds = [(ours, "bfloat16"), (ours, "int8"), *([] if arguments.ours_only else [(transformers_generate, "bfloat16")])]
+        for measure, precision in kinds:
+            rows.append(alone(measure, artifact, precision, concurrency, arguments.repeats))
+            console.print(
+                f"{rows[-1].engine} {rows[-1].precision}, {concurrency} streams: {rows[-1].tokens_per_s:.0f} tokens/s", style="dim"
+            )
+    if not arguments.ours_only:
+        rows += peers(artifact, arguments.repeats)
+    show(rows)
+    prefix = {precision: alone(shared_prefix, artifact, precision) for precision in ("bfloat16", "int8")}
+    for precision, times in prefix.items():
+        ratio = times["hit_ms"] / times["miss_ms"]
+        console.print(
+            f"{precision}: start-up {times['start_s']:.1f} s; first token after 1024 shared tokens: {times['miss_ms']:.0f} ms new, "
+            f"{times['hit_ms']:.0f} ms cached ({ratio:.2f}x)"
+        )
+    profiles = {
+        f"{precision} x{num}": alone(step_profile, artifact, precision, num) for precision in ("bfloat16", "int8") for num in (1, 32)
+    }
+    for name, parts in profiles.items():
+        console.print(f"decode step {name}: " + ", ".join(f"{part} {ms:.2f}" for part, ms in parts.items()) + " ms", style="dim")
+    if arguments.json:
+        report = {"machine": machine(), "rows": [asdict(row) for row in rows], "prefix": prefix, "profiles": profiles}
+        arguments.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
