@@ -22,6 +22,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -109,6 +110,11 @@ class Quickstart:
         self.dashboard = f"http://{LOOPBACK}:{ports['dashboard']}"
         self.launch("Ray head", command, f"{self.dashboard}/api/version")
         self.ray_address = os.environ["RAY_ADDRESS"] = f"{LOOPBACK}:{ports['gcs']}"
+
+    def compile_kernels(self) -> None:
+        """The engine's, beside the fine-tuning: the first evaluation would wait for them otherwise."""
+        command = ["nice", sys.executable, "-m", "r1ray.engine.native.build"]
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def launch(self, name: str, command: Sequence[str], url: str) -> None:
         """Start a server that will answer at `url`, and go on."""
@@ -318,6 +324,7 @@ def tour(quickstart: Quickstart) -> None:
         console.print(f"    dashboard {quickstart.dashboard}")
     with step("3/9 Data"):
         plan = quickstart.plan()
+        quickstart.compile_kernels()
     with step(f"4/9 Fine-tune {plan.name}: Ray Train, 2 workers, DeepSpeed ZeRO, LoRA"):
         quickstart.finish(quickstart.train(plan))
     with step("5/9 Evaluate base and tuned on held-out rows"):

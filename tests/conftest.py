@@ -19,6 +19,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 VOCABULARY = 640  # rows of the embedding; the tokenizer's own ids end a little below
 CONTEXT = 512
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}  # of a size that the compiled kernels take too
 
 SPECIAL = [
     "<|endoftext|>",
@@ -76,7 +77,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Llama with ChatML; its weights lie in several shards, as large models' do."""
     from transformers import LlamaConfig
 
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, **HEADS}
     config = LlamaConfig(**shape, **_common(eos="<|im_end|>"), tie_word_embeddings=False)
     return _save(tmp_path_factory.mktemp("tiny_llama"), config, CHATML, max_shard_size="150KB")
 
@@ -86,7 +87,7 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Qwen2 (the body of R1-Distill-Qwen) with tied embeddings and a template that inserts a default system message."""
     from transformers import Qwen2Config
 
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, **HEADS}
     config = Qwen2Config(**shape, **_common(eos="<|im_end|>"), tie_word_embeddings=True)
     return _save(tmp_path_factory.mktemp("tiny_qwen2"), config, CHATML_WITH_DEFAULT)
 

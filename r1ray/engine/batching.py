@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from r1ray.engine.admission import check_prompt, clipped_max_tokens
 from r1ray.engine.backend import BLOCK_SIZE, Backend, Piece
@@ -25,7 +26,7 @@ from r1ray.engine.blocks import BlockPool
 from r1ray.engine.config import EngineConfig
 from r1ray.engine.mailbox import Mailbox, deliver
 from r1ray.engine.protocol import EngineState, EngineStats, FinishReason, GenerationRequest, TokenChunk
-from r1ray.engine.sampler import Drawn, new_rng, sample
+from r1ray.engine.sampler import Drawn, new_rng, prompt_logprobs, sample
 from r1ray.engine.scheduler import Scheduler, Segment, Stream
 from r1ray.errors import EngineStopped, GenerationFailed, InvalidRequest, QueueFull, UnknownAdapter
 
@@ -53,6 +54,7 @@ class BatchingEngine:
             "masks",
             "penalties",
             "preemption",
+            "prompt_logprobs",
             "prefix_cache",
             "seed",
         }
@@ -224,6 +226,8 @@ class BatchingEngine:
         logits = self._backend.collect(submitted)
         alive = self._scheduler.computed(plan)
         drawing = [segment.stream for segment in plan if segment.completes]
+        if any(segment.num_logits != segment.completes for segment in plan):
+            logits = _scored(logits, plan)
         drawn = sample(logits, drawing) if drawing else []
         for stream, token in zip(drawing, drawn, strict=True):
             if stream in alive:
@@ -298,9 +302,24 @@ def _piece(segment: Segment) -> Piece:
         ids=stream.ids(segment.start, segment.num),
         start=segment.start,
         table=stream.blocks,
-        num_logits=int(segment.completes),
+        num_logits=segment.num_logits,
         adapter=stream.request.adapter,
     )
+
+
+def _scored(logits: Tensor, plan: Sequence[Segment]) -> Tensor:
+    """Book the logprobs of prompt tokens; what is left are the rows that a token is drawn from."""
+    last_rows, first = [], 0
+    for segment in plan:
+        stream, rows = segment.stream, logits[first : first + segment.num_logits]
+        first += segment.num_logits
+        if segment.completes:
+            last_rows.append(first - 1)
+        if not stream.is_scored:
+            following = stream.request.prompt_ids[segment.start + 1 : segment.start + 1 + segment.num]
+            known = len(stream.prompt_logprobs) - segment.start  # more than nothing after a preemption
+            stream.prompt_logprobs += prompt_logprobs(rows[: len(following)], following)[known:]
+    return logits[last_rows]
 
 
 def _chunk(stream: Stream, reason: FinishReason | None, drawn: Drawn | None = None) -> TokenChunk:
@@ -312,6 +331,7 @@ def _chunk(stream: Stream, reason: FinishReason | None, drawn: Drawn | None = No
         num_prompt_tokens=len(request.prompt_ids),
         num_cached_tokens=stream.num_cached,
         logprobs=() if drawn is None or drawn.logprobs is None else (drawn.logprobs,),
+        prompt_logprobs=tuple(stream.prompt_logprobs) if len(stream.generated) == 1 else (),
     )
 
 

@@ -25,6 +25,7 @@ class Completion:
     finish_reason: FinishReason
     ttft_s: float
     seconds: float
+    prompt_logprobs: tuple[float, ...] = ()
 
 
 def generate_all(
@@ -64,13 +65,20 @@ async def _one(engine: Engine, request: GenerationRequest) -> Completion:
     begin = time.perf_counter()
     ttft_s: float | None = None
     tokens: list[int] = []
+    of_prompt: tuple[float, ...] = ()
     finish: FinishReason = "abort"
     async with aclosing(engine.generate(request)) as chunks:
         async for chunk in chunks:
             ttft_s = time.perf_counter() - begin if ttft_s is None else ttft_s
             tokens.extend(chunk.token_ids)
             finish = chunk.finish_reason or finish
+            of_prompt = of_prompt or chunk.prompt_logprobs
     seconds = time.perf_counter() - begin
     return Completion(
-        request_id=request.id, token_ids=tuple(tokens), finish_reason=finish, ttft_s=seconds if ttft_s is None else ttft_s, seconds=seconds
+        request_id=request.id,
+        token_ids=tuple(tokens),
+        finish_reason=finish,
+        ttft_s=seconds if ttft_s is None else ttft_s,
+        seconds=seconds,
+        prompt_logprobs=of_prompt,
     )

@@ -31,6 +31,7 @@ class GenerationRequest:
     `stop_token_ids` end the answer in addition to the model's own end-of-text ids; `ignore_eos` disregards both. `min_tokens` keeps
     both from being drawn before that many tokens. A lower `priority` starts sooner; equal ones start in order of arrival.
     `logit_bias` is added to the logits of its token ids. `num_logprobs` asks for those of each token and of so many likeliest ones.
+    `prompt_logprobs` asks for that of each prompt token but the first; such a prompt is computed whole, cached or not.
     Only requests with the same `cache_salt` (a tenant's, say) share computed prefixes.
     """
 
@@ -44,6 +45,7 @@ class GenerationRequest:
     min_tokens: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
     num_logprobs: int | None = None
+    prompt_logprobs: bool = False
     cache_salt: str = ""
     mask: Mask | None = None
 
@@ -64,6 +66,7 @@ class TokenLogprobs:
 class TokenChunk:
     """Tokens drawn since the last chunk. The last chunk of a stream, and no other, has a finish_reason; its token_ids may be empty.
 
+    `prompt_logprobs` come with the first tokens: entry i is that of prompt token i + 1 after those before it.
     The token that ended an answer (`stop`) is not among the ids, so that they decode to the answer and nothing else.
     """
 
@@ -73,6 +76,7 @@ class TokenChunk:
     num_prompt_tokens: int
     num_cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

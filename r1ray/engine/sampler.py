@@ -19,8 +19,9 @@ from r1ray.engine.protocol import TokenLogprobs
 from r1ray.engine.scheduler import Stream
 from r1ray.types import Sampling
 
-__all__ = ["Drawn", "Penalties", "new_rng", "sample"]
+__all__ = ["Drawn", "Penalties", "new_rng", "prompt_logprobs", "sample"]
 
+SCORED_ROWS = 128
 NUM_CANDIDATES = 256  # sorting these is cheap; a row whose nucleus is larger is sorted whole
 
 
@@ -87,6 +88,16 @@ def _logprobs(logits_V: Tensor, token: int, num: int) -> TokenLogprobs:
     logprob_V = logits_V.double().log_softmax(-1)
     values, ids = logprob_V.topk(num)
     return TokenLogprobs(token=token, logprob=float(logprob_V[token]), top=tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+def prompt_logprobs(logits_NV: Tensor, next_ids: Sequence[int]) -> list[float]:
+    """Of the token that follows each row; a few rows at a time, since a vocabulary of floats per row is large."""
+    found: list[float] = []
+    for first in range(0, len(next_ids), SCORED_ROWS):
+        rows_RV = logits_NV[first : first + SCORED_ROWS].float()
+        target_R1 = torch.tensor(next_ids[first : first + SCORED_ROWS], device=rows_RV.device)[:, None]
+        found += (rows_RV.gather(1, target_R1)[:, 0] - rows_RV.logsumexp(-1)).tolist()
+    return found
 
 
 def _is_plain_greedy(stream: Stream) -> bool:

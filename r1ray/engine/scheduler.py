@@ -41,6 +41,7 @@ class Stream:
     generated: list[int] = field(default_factory=list)
     rng: random.Random = field(default_factory=random.Random)
     penalties: Any = None
+    prompt_logprobs: list[float] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     arrival: int = 0
@@ -61,6 +62,11 @@ class Stream:
         if start >= inside:
             return self.generated[start - inside : start - inside + num]
         return [*prompt[start : start + num], *self.generated[: max(0, start + num - inside)]]
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether nothing is left to say of the prompt's own tokens."""
+        return not self.request.prompt_logprobs or len(self.prompt_logprobs) >= len(self.request.prompt_ids) - 1
 
     @property
     def salt(self) -> str:
@@ -87,6 +93,11 @@ class Segment:
     def completes(self) -> bool:
         """After it nothing of the stream is left to compute, so its next token is drawn."""
         return self.start + self.num == self.stream.num_tokens
+
+    @property
+    def num_logits(self) -> int:
+        """Of how many of its last tokens the logits are wanted."""
+        return int(self.completes) if self.stream.is_scored else self.num
 
 
 class Scheduler:
@@ -195,7 +206,7 @@ class Scheduler:
 
     def _find(self, stream: Stream) -> list[int]:
         """Blocks of the beginning that are known; the last token is always computed, since its logits are wanted."""
-        if not self.prefix_cache:
+        if not self.prefix_cache or not stream.is_scored:
             return []
         self._extend_keys(stream, stream.num_tokens)
         return self.pool.find(stream.keys[: (stream.num_tokens - 1) // BLOCK_SIZE])

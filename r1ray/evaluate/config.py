@@ -37,7 +37,6 @@ class EvaluateConfig(Config):
     perplexity_examples: int | None = Field(
         default=48, ge=1, description="Perplexity on a seeded sample of so many examples, since it costs a pass over each; null: all."
     )
-    perplexity_batch_tokens: int = Field(default=1024, ge=1, description="Padded tokens per forward pass of the perplexity.")
     num_bootstrap: int = Field(default=1000, ge=0, description="Resamples behind each 95 % interval; 0 leaves the intervals out.")
     seed: int = Field(default=0, description="Of the resampling and the perplexity's sample.")
     annotate: bool = Field(default=True, description="Write the metrics to the version's tags in the registry.")

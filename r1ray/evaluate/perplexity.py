@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from r1ray.evaluate.shares import Share
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Scored", "answer_start", "negative_log_likelihoods"]
 

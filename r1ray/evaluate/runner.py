@@ -19,26 +19,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from r1ray.data.schema import data_hash
-from r1ray.engine.create import choose_device, choose_threads, create_engine
+from r1ray.engine.create import create_engine
 from r1ray.engine.offline import Completion, generate_all
 from r1ray.engine.protocol import Engine, GenerationRequest
 from r1ray.errors import EvaluationError, TemplateNotTrainable
 from r1ray.evaluate.config import EvaluateConfig
 from r1ray.evaluate.example import Example, examples_of
+from r1ray.evaluate.perplexity import Scored, answer_start
 from r1ray.evaluate.progress import Progress
 from r1ray.evaluate.scoring import score
 from r1ray.evaluate.shares import Share
 from r1ray.evaluate.summary import summarise
-from r1ray.model.load import load_model, load_tokenizer, training_tokenizer
+from r1ray.model.load import load_tokenizer, training_tokenizer
 from r1ray.model.reasoning import split
 from r1ray.model.template import prompt_ids, read, training_ids
 from r1ray.registry import Registry
 from r1ray.types import Artifact, Conversation, Report, Sampling
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from r1ray.evaluate.perplexity import Scored
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["evaluate"]
 
@@ -117,43 +116,49 @@ def evaluate(
 
 
 def _with_own_engine(subject: _Subject) -> tuple[Sequence[Share | None], tuple[list[Completion], float]]:
-    """One copy of the weights serves both: perplexity first, then the engine takes the model over."""
-    model = None
+    """One engine scores the gold answers and writes its own."""
+    engine = create_engine(subject.artifact, subject.config.engine, subject.registry)
     surprise: Sequence[Share | None] = [None] * len(subject.examples)
-    if subject.config.engine.type == "torch" and subject.wants("perplexity"):
-        import torch
-
-        settings = subject.config.engine
-        torch.set_num_threads(choose_threads(settings.num_threads))
-        model = load_model(subject.artifact, registry=subject.registry, dtype=settings.dtype, device=choose_device(settings.device))
-        surprise = _perplexity(subject, model)
-    engine = create_engine(subject.artifact, subject.config.engine, subject.registry, model=model)
     try:
+        if "prompt_logprobs" in engine.capabilities and subject.wants("perplexity"):
+            surprise = _perplexity(subject, engine)
         return surprise, _answers(subject, engine)
     finally:
         asyncio.run(engine.stop())
 
 
-def _perplexity(subject: _Subject, model: PreTrainedModel) -> Sequence[Share | None]:
+def _perplexity(subject: _Subject, engine: Engine) -> Sequence[Share | None]:
     """One share per example, None for those outside the sample."""
-    from r1ray.evaluate.perplexity import negative_log_likelihoods
-
     num, limit = len(subject.examples), subject.config.perplexity_examples
     chosen = sorted(random.Random(subject.config.seed).sample(range(num), min(num, limit or num)))
     try:
-        texts = [_scored(subject, subject.examples[i]) for i in chosen]
+        texts = {i: _scored(subject, subject.examples[i]) for i in chosen}
     except TemplateNotTrainable as error:
         log.warning("no perplexity for %s: %s", subject.artifact.ref, error)
         return [None] * num
+    if long := [i for i, text in texts.items() if len(text.ids) >= engine.context_length]:
+        log.warning("no perplexity of %d dialogues: with their gold answers they exceed %d tokens", len(long), engine.context_length)
+        texts = {i: text for i, text in texts.items() if i not in long}
     with Progress(subject.config.progress_s, f"{subject.artifact.ref} perplexity", len(texts)) as progress:
-        shares = negative_log_likelihoods(model, texts, batch_tokens=subject.config.perplexity_batch_tokens, on_done=progress.at)
-    by_index = dict(zip(chosen, shares, strict=True))
+        requests = [_scoring(f"{index}:gold", text) for index, text in texts.items()]
+        done = generate_all(engine, requests, on_done=lambda _: progress.one(0))
+    by_index = {index: _share(text, one.prompt_logprobs) for (index, text), one in zip(texts.items(), done, strict=True)}
     return [by_index.get(i) for i in range(num)]
 
 
-def _scored(subject: _Subject, example: Example) -> Scored:
-    from r1ray.evaluate.perplexity import Scored, answer_start
+def _scoring(name: str, text: Scored) -> GenerationRequest:
+    """The prompt is the whole dialogue; the one token that is drawn after it is not wanted."""
+    sampling = Sampling(temperature=0, max_tokens=1)
+    return GenerationRequest(id=name, prompt_ids=tuple(text.ids), sampling=sampling, ignore_eos=True, prompt_logprobs=True)
 
+
+def _share(text: Scored, logprobs: Sequence[float]) -> Share:
+    """Nothing predicts the very first token."""
+    of_answer = logprobs[max(text.start, 1) - 1 :]
+    return Share(-math.fsum(of_answer), float(len(of_answer)))
+
+
+def _scored(subject: _Subject, example: Example) -> Scored:
     ids, mask = training_ids(subject.teacher, [*example.prompt, example.gold], system_prompt=subject.system_prompt)
     start, end = answer_start(mask)
     return Scored(ids[:end], start)

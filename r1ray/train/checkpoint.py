@@ -130,13 +130,17 @@ def disk_full(path: Path, cause: object) -> DiskFull:
 
 
 def out_of_room(error: BaseException, directory: Path) -> bool:
-    """Whether a failed save is the disk's fault. torch reports a failed write as a bare RuntimeError, so the free space decides."""
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+    """Whether a failed save is the disk's fault.
+
+    safetensors has an exception of its own that quotes the system's words; torch raises a bare RuntimeError, so the free space decides.
+    """
+    text = str(error).lower()
+    if (isinstance(error, OSError) and error.errno in _NO_ROOM) or "no space left" in text:
         return True
-    return isinstance(error, RuntimeError | OSError) and any(word in str(error).lower() for word in _WRITE_FAILED) and _is_full(directory)
+    return any(word in text for word in _WRITE_FAILED) and _is_full(directory)
 
 
-_WRITE_FAILED = ("file write failed", "no space left", "enforce fail", "unexpected pos", "i/o error", "file too large")
+_WRITE_FAILED = ("file write failed", "enforce fail", "unexpected pos", "i/o error", "file too large")
 
 
 def _is_full(directory: Path) -> bool:

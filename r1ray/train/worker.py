@@ -90,7 +90,7 @@ class _Work:
         trainer = self._trainer(start[1] if start else None)
         try:
             trainer.train(resume_from_checkpoint=str(start[0]) if start else None)
-        except (OSError, RuntimeError) as error:
+        except Exception as error:
             if checkpoint.out_of_room(error, self.order.run_directory):
                 raise checkpoint.disk_full(self.order.run_directory, error) from error
             raise

@@ -403,3 +403,28 @@ def test_requests_of_different_adapters_run_together(tiny_qwen2, tmp_path, refer
         assert got == expected[name], name
     assert replaced == expected["two"]
     assert before[:12] == expected[None]
+
+
+@BACKENDS
+def test_prompt_logprobs_are_those_of_one_forward_pass(tiny_llama, backend):
+    import torch
+
+    prompt, model = tuple(range(20, 110)), lively(tiny_llama)
+    with torch.no_grad():
+        logprobs = model(torch.tensor([prompt])).logits[0].double().log_softmax(-1)
+    expected = [float(logprobs[i, token]) for i, token in enumerate(prompt[1:])]
+
+    async def scenario():
+        async with running(model, backend=backend, num_slots=3, prefill_chunk=17) as engine:
+            await collect(engine, wanted("warms the prefix cache", prompt))
+            return await asyncio.gather(
+                collect(engine, wanted("scored", prompt, max_tokens=2, prompt_logprobs=True)),
+                collect(engine, wanted("beside", prompt[:40])),
+                collect(engine, wanted("one token", (5,), max_tokens=1, prompt_logprobs=True)),
+            )
+
+    scored, beside, shortest = asyncio.run(scenario())
+    assert list(scored[0].prompt_logprobs) == pytest.approx(expected, abs=1e-3)
+    assert [chunk.prompt_logprobs for chunk in scored[1:]] == [()]
+    assert not any(chunk.prompt_logprobs for chunk in beside)
+    assert shortest[0].prompt_logprobs == ()

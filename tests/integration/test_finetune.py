@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from r1ray.config import load_config
-from r1ray.errors import ClusterTooSmall
+from r1ray.errors import ClusterTooSmall, DiskFull
 from r1ray.model.importer import import_model
 from r1ray.model.load import load_model
 from r1ray.registry import Registry
@@ -159,3 +159,34 @@ def test_more_workers_than_the_cluster_holds_fail_at_once(registry, data) -> Non
     with pytest.raises(ClusterTooSmall, match="training"):
         finetune(config("many", data, "train.num_workers=64", "train.batch_size=64"), registry.settings)
     assert time.monotonic() - start < 2
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A home whose checkpoints lie on a disk of a few MiB; `grow` makes it larger."""
+    checkpoints = tmp_path / "home" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(checkpoints)], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield tmp_path / "home", lambda: subprocess.run(["mount", "-o", "remount,size=256m", str(checkpoints)], check=True)
+    finally:
+        subprocess.run(["umount", "-l", str(checkpoints)], check=True)
+
+
+def test_a_disk_that_fills_during_training_costs_no_checkpoint(ray_cluster, tiny_llama, data, small_disk):
+    home, grow = small_disk
+    settings = ray_cluster.settings.model_copy(update={"home": home})
+    registry = Registry(settings)
+    import_model(str(tiny_llama), name="tiny-llama", registry=registry)
+    wanted = config("full-disk", data, "train.method=full", "train.max_failures=0")
+    with pytest.raises(DiskFull, match=r"No room to save .* Earlier checkpoints are untouched"):
+        finetune(wanted, settings)
+    kept = checkpoint.last_good(run_directory(registry, "full-disk"))
+    assert kept is not None
+    grow()
+    artifact = finetune(wanted, settings)
+    assert registry.resolve(artifact.ref).manifest.metrics["num_steps"] == STEPS
+    steps = [step.step for step in curve(run_directory(registry, "full-disk"))]
+    assert steps == sorted(set(steps)), "resumed, not begun anew"

@@ -2,6 +2,8 @@
 
 The result appears under its final name only when it is complete, so that two processes may compile at once and a killed one leaves
 nothing that anybody waits for.
+
+    python -m r1ray.engine.native.build     # compile now
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from functools import cache
 from pathlib import Path
 
 from r1ray.errors import UnsupportedModel
-from r1ray.settings import Settings
 
 __all__ = ["ABI", "library", "why_not"]
 
@@ -52,7 +53,7 @@ def library() -> ctypes.CDLL:
     Raises:
         UnsupportedModel: there is no compiler, or it fails.
     """
-    file = Settings().cache / "native" / f"{_digest()}.so"
+    file = _directory() / f"{_digest()}.so"
     if not file.exists():
         _compile(file)
     loaded = ctypes.CDLL(str(file))
@@ -66,10 +67,18 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+def _directory() -> Path:
+    """The user's cache on this machine, not R1RAY_HOME: that may be shared by nodes with other processors."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "r1ray" / "native"
+
+
 def _compile(file: Path) -> None:
     if (compiler := _compiler()) is None:
         raise UnsupportedModel("there is no C++ compiler; install g++ (apt install g++) for three times the speed on CPUs")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnsupportedModel(f"{file.parent} cannot be written ({error.strerror}); set XDG_CACHE_HOME to where it can") from error
     log.info("compiling the CPU kernels (once, some 10 s): %s", file)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".building-") as directory:
         built = Path(directory) / file.name
@@ -103,3 +112,8 @@ def _cpu_flags() -> frozenset[str]:
         return frozenset()
     line = next((line for line in text.splitlines() if line.startswith("flags")), "")
     return frozenset(line.partition(":")[2].split())
+
+
+if __name__ == "__main__":
+    reason = why_not()
+    print(f"the CPU kernels do not run here: {reason}" if reason else "the CPU kernels are ready")

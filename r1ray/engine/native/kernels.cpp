@@ -231,6 +231,12 @@ inline __m512 exponential(__m512 x) {  // Cephes' polynomial, 2 ulp
   return _mm512_scalef_ps(p, n);
 }
 
+inline __m512 silu(__m512 gate, __m512 up) {
+  const __m512 one = _mm512_set1_ps(1.f);
+  const __m512 denominator = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate)));
+  return _mm512_mul_ps(_mm512_div_ps(gate, denominator), up);
+}
+
 // --- the register tile: ROWS x PANEL of a product, for each kind of number
 
 struct Operand {  // the left side: rows of numbers, and for int8 their scales per group
@@ -318,11 +324,26 @@ inline __attribute__((always_inline)) void tile_int8(const Operand &x, const uin
   }
 }
 
+struct Sink {  // where a product's sums go; one type for all, since every further one would compile all tiles again
+  enum Way { SET, ADD, GATE, PAIR } way;
+  float *out;
+  ptrdiff_t stride, half;  // PAIR: the second 16 columns go `half` numbers further
+
+  void take(int row, int panel, __m512 low, __m512 high) const {
+    float *to = out + row * stride + panel * (way == SET || way == ADD ? PANEL : PANEL / 2);
+    if (way == GATE) return _mm512_storeu_ps(to, silu(low, high));  // a panel is 16 gates and their 16 ups
+    float *next = way == PAIR ? to + half : to + PANEL / 2;
+    if (way == ADD) low = _mm512_add_ps(_mm512_loadu_ps(to), low), high = _mm512_add_ps(_mm512_loadu_ps(next), high);
+    _mm512_storeu_ps(to, low);
+    _mm512_storeu_ps(next, high);
+  }
+};
+
 template <int KIND>
 constexpr int most_rows = KIND == INT8 ? 6 : 12;
 
-template <int KIND, int ROWS, class Store>
-void tile(const Operand &x, const Linear &linear, int panel, int row, Store &store) {
+template <int KIND, int ROWS>
+void tile(const Operand &x, const Linear &linear, int panel, int row, const Sink &sink) {
   Accumulator<ROWS> sum;
   zero<ROWS>(sum);
   const size_t offset = size_t(panel) * PANEL * linear.k;
@@ -338,19 +359,19 @@ void tile(const Operand &x, const Linear &linear, int panel, int row, Store &sto
     const __m512 b0 = _mm512_loadu_ps(linear.bias + column), b1 = _mm512_loadu_ps(linear.bias + column + 16);
     for (int m = 0; m < ROWS; ++m) sum[m][0] = _mm512_add_ps(sum[m][0], b0), sum[m][1] = _mm512_add_ps(sum[m][1], b1);
   }
-  for (int m = 0; m < ROWS; ++m) store(row + m, panel, sum[m][0], sum[m][1]);
+  for (int m = 0; m < ROWS; ++m) sink.take(row + m, panel, sum[m][0], sum[m][1]);
 }
 
-template <int KIND, int ROWS, class Store>
-void tile_of(int rows, const Operand &x, const Linear &linear, int panel, int row, Store &store) {
+template <int KIND, int ROWS>
+void tile_of(int rows, const Operand &x, const Linear &linear, int panel, int row, const Sink &sink) {
   if constexpr (ROWS > 0) {
-    if (rows == ROWS) return tile<KIND, ROWS>(x, linear, panel, row, store);
-    tile_of<KIND, ROWS - 1>(rows, x, linear, panel, row, store);
+    if (rows == ROWS) return tile<KIND, ROWS>(x, linear, panel, row, sink);
+    tile_of<KIND, ROWS - 1>(rows, x, linear, panel, row, sink);
   }
 }
 
-template <int KIND, class Store>
-void product_of(const Operand &x, int num_rows, const Linear &linear, Range panels, Store &store) {
+template <int KIND>
+void product_of(const Operand &x, int num_rows, const Linear &linear, Range panels, const Sink &sink) {
   constexpr int most = most_rows<KIND>;
   constexpr int ahead = 16 * most;  // rows whose numbers stay in the second-level cache while the panels go by
   for (int top = 0; top < num_rows; top += ahead) {
@@ -359,20 +380,18 @@ void product_of(const Operand &x, int num_rows, const Linear &linear, Range pane
       for (int row = top; row < bottom;) {
         const int tiles = (bottom - row + most - 1) / most;
         const int rows = (bottom - row + tiles - 1) / tiles;
-        tile_of<KIND, most>(rows, x.row(row, KIND), linear, panel, row, store);
+        tile_of<KIND, most>(rows, x.row(row, KIND), linear, panel, row, sink);
         row += rows;
       }
     }
   }
 }
 
-// Rows x panels of a product; `store(row, panel, low, high)` takes 16 + 16 sums.
-template <class Store>
-void product(const Operand &x, int num_rows, const Linear &linear, Range panels, Store &store) {
+void product(const Operand &x, int num_rows, const Linear &linear, Range panels, const Sink &sink) {
   switch (linear.kind) {
-    case F32: return product_of<F32>(x, num_rows, linear, panels, store);
-    case BF16: return product_of<BF16>(x, num_rows, linear, panels, store);
-    default: return product_of<INT8>(x, num_rows, linear, panels, store);
+    case F32: return product_of<F32>(x, num_rows, linear, panels, sink);
+    case BF16: return product_of<BF16>(x, num_rows, linear, panels, sink);
+    default: return product_of<INT8>(x, num_rows, linear, panels, sink);
   }
 }
 
@@ -523,12 +542,7 @@ class Decoder {
       rms_norm(x_.get() + size_t(batch.outputs[i]) * width_, m.final_norm, m.hidden, m.eps, row);
       left_.fill(m.head, i, row);
     });
-    const int width = padded(m.vocab);
-    multiply(walker, m.head, batch.num_outputs, [&](int row, int panel, __m512 low, __m512 high) {
-      float *out = batch.logits + size_t(row) * width + panel * PANEL;
-      _mm512_storeu_ps(out, low);
-      _mm512_storeu_ps(out + 16, high);
-    });
+    multiply(walker, m.head, batch.num_outputs, {Sink::SET, batch.logits, padded(m.vocab), 0});
     done(HEAD, walker);
   }
 
@@ -543,11 +557,10 @@ class Decoder {
   }
 
   // The product of what `left_` holds for `linear`.
-  template <class Store>
-  void multiply(Walker &walker, const Linear &linear, int num_rows, Store &&store) {
+  void multiply(Walker &walker, const Linear &linear, int num_rows, const Sink &sink) {
     const int panels = (linear.n + PANEL - 1) / PANEL, most = 32 * team_.size(), parts = panels < most ? panels : most;
     const Operand left = left_.operand(linear);
-    team_.each(walker, parts, [&](int part) { product(left, num_rows, linear, part_of(panels, part, parts), store); });
+    team_.each(walker, parts, [&](int part) { product(left, num_rows, linear, part_of(panels, part, parts), sink); });
   }
 
   void start_row(const Batch &batch, int row) {
@@ -570,11 +583,7 @@ class Decoder {
     const Layer &w = layers_[l];
     const int attended = m.heads * m.head_dim, gated = padded(m.ffn);
     enter(walker, w.qkv, w.input_norm, M);
-    multiply(walker, w.qkv, M, [&](int row, int panel, __m512 low, __m512 high) {
-      float *out = qkv_.get() + size_t(row) * qkv_width_ + panel * PANEL;
-      _mm512_storeu_ps(out, low);
-      _mm512_storeu_ps(out + 16, high);
-    });
+    multiply(walker, w.qkv, M, {Sink::SET, qkv_.get(), qkv_width_, 0});
     if (batch.num_adapters) adapt(walker, batch, l, 0, 3, normed_.get(), width_, qkv_.get(), qkv_width_);
     done(QKV, walker);
     rows(walker, M, [&](int row) { rotate(batch, w, row, walker.id); });
@@ -591,10 +600,7 @@ class Decoder {
     done(OUTPUT, walker);
     enter(walker, w.gate_up, w.post_norm, M);
     if (batch.num_adapters) gate_adapted(walker, batch, l, w);
-    else
-      multiply(walker, w.gate_up, M, [&](int row, int panel, __m512 gate, __m512 up) {
-        _mm512_storeu_ps(gated_.get() + size_t(row) * gated + panel * 16, silu(gate, up));
-      });
+    else multiply(walker, w.gate_up, M, {Sink::GATE, gated_.get(), gated, 0});
     done(GATE_UP, walker);
     rows(walker, M, [&](int row) { left_.fill(w.down, row, gated_.get() + size_t(row) * gated); });
     add(walker, w.down, M);
@@ -613,28 +619,12 @@ class Decoder {
   }
 
   // The product is added to the residual stream.
-  void add(Walker &walker, const Linear &linear, int M) {
-    multiply(walker, linear, M, [&](int row, int panel, __m512 low, __m512 high) {
-      float *out = x_.get() + size_t(row) * width_ + panel * PANEL;
-      _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), low));
-      _mm512_storeu_ps(out + 16, _mm512_add_ps(_mm512_loadu_ps(out + 16), high));
-    });
-  }
-
-  static __m512 silu(__m512 gate, __m512 up) {
-    const __m512 one = _mm512_set1_ps(1.f);
-    const __m512 denominator = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate)));
-    return _mm512_mul_ps(_mm512_div_ps(gate, denominator), up);
-  }
+  void add(Walker &walker, const Linear &linear, int M) { multiply(walker, linear, M, {Sink::ADD, x_.get(), width_, 0}); }
 
   // gate and up with the adapters' share, then silu
   void gate_adapted(Walker &walker, const Batch &batch, int l, const Layer &w) {
     const int M = batch.num_tokens, half = padded(model_.ffn), width = 2 * half;
-    multiply(walker, w.gate_up, M, [&](int row, int panel, __m512 gate, __m512 up) {
-      float *out = pair_.get() + size_t(row) * width + panel * 16;
-      _mm512_storeu_ps(out, gate);
-      _mm512_storeu_ps(out + half, up);
-    });
+    multiply(walker, w.gate_up, M, {Sink::PAIR, pair_.get(), width, half});
     adapt(walker, batch, l, 4, 2, normed_.get(), width_, pair_.get(), width);
     rows(walker, M, [&](int row) {
       const float *in = pair_.get() + size_t(row) * width;

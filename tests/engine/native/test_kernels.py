@@ -186,7 +186,7 @@ def test_the_cache_costs_what_the_shape_says():
 
 
 def test_without_a_compiler_the_reason_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setenv("R1RAY_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "_compiler", lambda: None)
     build.library.cache_clear()
     try:
@@ -198,12 +198,12 @@ def test_without_a_compiler_the_reason_says_what_to_install(monkeypatch, tmp_pat
 
 @needs_kernels
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch, tmp_path):
-    monkeypatch.setenv("R1RAY_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "TARGETS", ("-mno-such-target",))
     build.library.cache_clear()
     try:
         with pytest.raises(UnsupportedModel, match="no-such-target"):
             build.library()
-        assert list((tmp_path / "cache" / "native").iterdir()) == []
+        assert list((tmp_path / "r1ray" / "native").iterdir()) == []
     finally:
         build.library.cache_clear()
