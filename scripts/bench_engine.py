@@ -151,6 +151,8 @@ def step_profile(artifact: Artifact, precision: str, concurrency: int) -> dict[s
     backend.forward([Piece(ids=list(range(256)), start=0, table=table, num_logits=0) for table in tables])
     streams = [Stream(request, None, 64, frozenset()) for request in requests([[1]] * concurrency, 64)]  # type: ignore[arg-type]
     best: dict[str, float] = {"pass": 1e9, "draw": 1e9}
+    if hasattr(backend, "profile"):
+        backend.profile()  # forgets the prompts
     for _ in range(20):
         pieces = [Piece(ids=[7], start=256, table=table, num_logits=1) for table in tables]
         begin = time.perf_counter()
@@ -163,16 +165,21 @@ def step_profile(artifact: Artifact, precision: str, concurrency: int) -> dict[s
     return {"pass_ms": 1000 * best["pass"], "draw_ms": 1000 * best["draw"], **parts}
 
 
-def peer(script: str, *arguments: str) -> list[Row]:
-    """Rows of a peer in its own environment; none, with the reason said, when it does not run."""
+def in_own_environment(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A script of scripts/peers in the environment that its first lines ask for; says why when it fails."""
     command = ["uv", "run", "--no-project", "--script", str(PEERS / script), *arguments]
     environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PEER_TIMEOUT_S, check=False)
-    rows = [Row(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode != 0 or not rows:
+    if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         console.print(f"{script} did not run: {reason}", style="yellow")
-    return rows
+    return done
+
+
+def peer(script: str, *arguments: str) -> list[Row]:
+    """Rows of a peer; none when it does not run."""
+    done = in_own_environment(script, *arguments)
+    return [Row(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def peers(artifact: Artifact, repeats: int) -> list[Row]:
@@ -184,8 +191,7 @@ def peers(artifact: Artifact, repeats: int) -> list[Row]:
         console.print("exporting the model for OpenVINO (once)", style="dim")
         staged = exported.with_suffix(".partial")
         shutil.rmtree(staged, ignore_errors=True)
-        peer("export_openvino.py", str(artifact.path), str(staged))
-        if staged.is_dir():
+        if in_own_environment("export_openvino.py", str(artifact.path), str(staged)).returncode == 0:
             staged.rename(exported)
     return [*peer("run_openvino.py", str(exported), str(repeats)), *peer("run_vllm.py", str(artifact.path), str(repeats))]
 

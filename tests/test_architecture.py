@@ -123,7 +123,9 @@ def test_every_job_config_loads_and_belongs_to_a_job() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [*sorted((ROOT / "jobs" / "configs").glob("*.yaml")), ROOT / "serve_config.yaml", ROOT / "cluster.yaml"], ids=lambda p: p.name
+    "path",
+    [*sorted((ROOT / "jobs" / "configs").glob("*.yaml")), *sorted(ROOT.glob("serve_config*.yaml")), ROOT / "cluster.yaml"],
+    ids=lambda p: p.name,
 )
 def test_every_key_of_a_config_file_has_a_comment(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()

@@ -158,7 +158,6 @@ def serve(  # noqa: PLR0913 - one parameter per option
     tensor_parallel: Annotated[int | None, typer.Option(help="Fix the degree.")] = None,
     stages: Annotated[int | None, typer.Option(help="Fix the number of pipeline stages.")] = None,
     prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens per step beside the running streams.")] = 1024,
-    engine: Annotated[str, typer.Option(help="auto, torch, pipeline or vllm")] = "auto",
     simulate: Annotated[bool, typer.Option("--simulate", help="Play requests against one replica.")] = False,
     rate: Annotated[float, typer.Option(help="Requests per second on one replica, for --simulate.")] = 1.0,
     requests: Annotated[int, typer.Option(help="How many, for --simulate.")] = 2000,
@@ -175,8 +174,6 @@ def serve(  # noqa: PLR0913 - one parameter per option
     from r1ray.model.plan.hardware import load_hardware
     from r1ray.model.plan.serving import ServingWish, choose, layouts
 
-    if engine not in ("auto", "torch", "pipeline", "vllm"):
-        raise InvalidValue(f"--engine {engine!r} is unknown. Use auto, torch, pipeline or vllm.")
     wish = _checked(
         ServingWish,
         context=context,
@@ -193,7 +190,7 @@ def serve(  # noqa: PLR0913 - one parameter per option
     pool = hardware.pool(gpus, per_node)
     replica = choose(found.shape, pool, wish, hardware.assumptions)
     others = layouts(found.shape, pool, wish, hardware.assumptions)
-    text = fragment(found.name, replica, engine)  # type: ignore[arg-type]
+    text = fragment(found.name, replica)
     outcome = None
     if simulate:
         from r1ray.engine.simulate import poisson, read_trace
@@ -208,7 +205,7 @@ def serve(  # noqa: PLR0913 - one parameter per option
             console.print(part)
         print(text, end="")
     if cluster:
-        _said(check_serving(connect(), found.name, replica, engine), as_json)
+        _said(check_serving(connect(), found.name, replica), as_json)
 
 
 def _simulated(replica: Replica, trace: Trace) -> Outcome:
@@ -236,16 +233,15 @@ def check_training(found: Cluster, plan: TrainingPlan | None) -> str:
     return f"The cluster at {found.address} can hold {num} workers; the plan wants {plan.pool.num}."
 
 
-def check_serving(found: Cluster, name: str, replica: Replica, engine: str) -> str:
+def check_serving(found: Cluster, name: str, replica: Replica) -> str:
     """That one replica can be placed.
 
     Raises:
         ClusterTooSmall: names the bundle that finds no room.
     """
-    wanted = replica.bundles(single=engine == "vllm")
-    strategy = "PACK" if engine == "vllm" else replica.strategy
-    check_placement(found, wanted, strategy=strategy, wanted_by=f"serving {name}")
-    return f"The cluster at {found.address} can place a replica: {len(wanted)} bundles, {strategy}."
+    wanted = [{"CPU": 1.0, "GPU": 1.0}] * replica.layout.num_gpus
+    check_placement(found, wanted, wanted_by=f"serving {name}")
+    return f"The cluster at {found.address} can place a replica: {len(wanted)} bundles of one GPU."
 
 
 def _checked(schema: type[W], **values: Any) -> W:

@@ -47,6 +47,7 @@ class EngineConfig(Config):
         description="Pipeline stages: layers are split over this process and stages - 1 Ray actors, on other nodes if placement says so.",
     )
     stage_cpus: float = Field(default=1.0, ge=0, description="Logical CPUs that Ray reserves for each actor of a pipeline.")
+    stage_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each actor of a pipeline.")
     prefix_cache: bool = Field(default=True, description="Keep what prompts that begin alike have computed.")
     kv_cache_gb: float | None = Field(
         default=None,

@@ -142,7 +142,8 @@ def _pipeline(
         raise UnsupportedModel(
             f"{artifact.ref} is an adapter that cannot be merged layer by layer. Merge it first, or set engine.stages=1."
         )
-    wanted = choose_dtype("cpu")[0] if config.dtype == "auto" else getattr(torch, "bfloat16" if config.dtype == "int8" else config.dtype)
+    device = choose_device(config.device)
+    wanted = choose_dtype(device)[0] if config.dtype == "auto" else getattr(torch, "bfloat16" if config.dtype == "int8" else config.dtype)
     bytes_per_token = native_bytes(Shape.of(shape), precision) if precision else kv_bytes_per_token(shape, wanted)
     assert config.max_context is not None and config.num_threads is not None, "create_engine has filled them in"
     ranges = _split(shape, config.stages)
@@ -152,13 +153,14 @@ def _pipeline(
         layers=ranges[0],
         precision=precision or str(wanted).removeprefix("torch."),
         native=precision is not None,
-        num_blocks=num_kv_blocks(config, bytes_per_token, "cpu"),
+        num_blocks=num_kv_blocks(config, bytes_per_token // config.stages, torch.device(device).type),
         context=config.max_context,
         num_threads=config.num_threads,
+        device=device,
     )
     orders = [replace(order, layers=layers) for layers in ranges]
     log.info("pipeline: layers %s", ", ".join(f"{first}-{last - 1}" for first, last in ranges))
-    return PipelineBackend(orders, hidden=shape.hidden_size, num_cpus=config.stage_cpus)
+    return PipelineBackend(orders, hidden=shape.hidden_size, resources={"num_cpus": config.stage_cpus, "num_gpus": config.stage_gpus})
 
 
 def _split(shape: PretrainedConfig, num_stages: int) -> list[tuple[int, int]]:

@@ -87,7 +87,7 @@ class TransformersBackend(Immediate):
         if hidden is None:
             inputs["input_ids"] = torch.tensor([[i for piece in pieces for i in piece.ids]], device=device)
         else:
-            inputs["inputs_embeds"] = hidden[None].to(self._model.dtype)
+            inputs["inputs_embeds"] = hidden[None].to(device, self._model.dtype)
         if wanted is None:
             states: Tensor = self._model.model(**inputs, pages=self._cache).last_hidden_state[0]
             return states

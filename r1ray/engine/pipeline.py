@@ -11,7 +11,7 @@ import logging
 import socket
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,18 +64,18 @@ def _compute(layers: Any, link: Link, rank: int, world: int, hidden: int) -> Non
 
 
 class PipelineBackend:
-    """`orders` are the stages in layer order; the last one is loaded here, the others in actors with `num_cpus` each.
+    """`orders` are the stages in layer order; the last one is loaded here, the others in actors that reserve `resources` each.
 
     Inside a placement group (a Serve replica's) stage i takes the group's bundle i + 1, and this process has bundle 0.
     """
 
-    def __init__(self, orders: Sequence[StageOrder], *, hidden: int, num_cpus: float) -> None:
+    def __init__(self, orders: Sequence[StageOrder], *, hidden: int, resources: Mapping[str, float]) -> None:
         self.depth = len(orders)
         self.adapters: frozenset[str] = frozenset()
         self.num_blocks = orders[-1].num_blocks
         self._hidden = hidden
         self._world = len(orders)
-        self._actors = _start_actors(orders[:-1], num_cpus)
+        self._actors = _start_actors(orders[:-1], resources)
         self._layers = load_stage(orders[-1])
         self.vocab_size = self._layers.vocab_size
         self.precision = self._layers.precision
@@ -139,14 +139,14 @@ class PipelineBackend:
         return link
 
 
-def _start_actors(orders: Sequence[StageOrder], num_cpus: float) -> list[Any]:
+def _start_actors(orders: Sequence[StageOrder], resources: Mapping[str, float]) -> list[Any]:
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     group = ray.util.get_current_placement_group()
     actors = []
     for number, order in enumerate(orders):
-        options: dict[str, Any] = {"num_cpus": num_cpus}
+        options: dict[str, Any] = dict(resources)
         if group is not None and group.bundle_count > 1:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 placement_group=group, placement_group_bundle_index=1 + number % (group.bundle_count - 1)

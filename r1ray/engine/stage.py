@@ -56,6 +56,7 @@ class StageOrder:
     num_blocks: int
     context: int
     num_threads: int
+    device: str = "cpu"
 
 
 def load_stage(order: StageOrder) -> Layers:
@@ -87,7 +88,7 @@ def _transformers(order: StageOrder, config: PretrainedConfig) -> Layers:
     from r1ray.engine.partial import load_layers
 
     torch.set_num_threads(order.num_threads)
-    model = load_layers(order.directory, config, getattr(torch, order.precision), order.layers)
+    model = load_layers(order.directory, config, getattr(torch, order.precision), order.layers).to(torch.device(order.device))
     return TransformersBackend(model, num_blocks=order.num_blocks)
 
 
@@ -177,4 +178,4 @@ def serve_passes(layers: Layers, link: Link, rank: int, world: int, hidden: int)
         before = None
         if rank > 1:
             before = link.receive(torch.empty(sum(len(piece.ids) for piece in pieces), hidden), rank - 1)
-        link.send(layers.stage(pieces, before).float().contiguous(), (rank + 1) % world)
+        link.send(layers.stage(pieces, before).float().cpu().contiguous(), (rank + 1) % world)

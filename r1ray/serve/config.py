@@ -72,7 +72,7 @@ class ModelArgs(Config):
         if place.bundles:
             return [dict(bundle) for bundle in place.bundles]
         own = {"CPU": place.num_cpus, "GPU": place.num_gpus, **place.resources}
-        other = {"CPU": self.engine.stage_cpus, "GPU": place.num_gpus, **place.resources}
+        other = {"CPU": self.engine.stage_cpus, "GPU": self.engine.stage_gpus, **place.resources}
         return [{name: amount for name, amount in bundle.items() if amount} for bundle in [own, *[other] * (self.engine.stages - 1)]]
 
 

@@ -86,6 +86,27 @@ async def killed(engine: Any) -> list[str]:
     return [f"{type(outcome).__name__}: {outcome}" for outcome in seen] + [engine.stats().state]
 
 
+def placed(nodes: Cluster) -> dict[str, int]:
+    """On how many nodes Ray puts the stages of serve_config.gpu.yaml's models, given nodes that claim such GPUs."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    from r1ray.serve.preflight import read_app_args
+
+    for name, num_gpus in (("L40S", 4), ("H200", 8), ("H200", 8)):
+        nodes.add_node(num_cpus=10, num_gpus=num_gpus, labels={"ray.io/accelerator-type": name})
+    args, _ = read_app_args(Path(__file__).parents[2] / "serve_config.gpu.yaml")
+    found = {}
+    for model in args.models:
+        bundles, labels = model.replica_bundles, dict(model.placement.labels)
+        group = placement_group(bundles, strategy=model.placement.strategy, bundle_label_selector=[labels] * len(bundles))
+        ray.get(group.ready(), timeout=60)
+        table = ray.util.placement_group_table(group)
+        found[model.id] = len(set(table["bundles_to_node_id"].values()))
+        remove_placement_group(group)
+    return found
+
+
 def main(directories: dict[str, Path]) -> None:
     import ray
     from ray.util import remove_placement_group
@@ -116,6 +137,7 @@ def main(directories: dict[str, Path]) -> None:
                 remove_placement_group(group)
         engine, _ = spread_engine(artifacts["llama"], registry, 2, "auto")
         found["killed"] = asyncio.run(killed(engine))
+        found["placed"] = placed(nodes)
         print("FOUND " + json.dumps(found), flush=True)
     finally:
         ray.shutdown()

@@ -11,7 +11,7 @@ from r1ray.model.plan.catalog import find, names
 from r1ray.model.plan.fragment import fragment
 from r1ray.model.plan.hardware import GIB, load_hardware
 from r1ray.model.plan.serving import Layout, ServingWish, choose, layouts, plan_replica
-from r1ray.serve.config import AutoscalingArgs, PlacementArgs
+from r1ray.serve.config import ModelArgs
 from r1ray.settings import Settings
 
 EXAMPLES = [
@@ -133,11 +133,9 @@ def test_the_fragment_is_an_entry_of_serve_config(hardware, name, gpus):
     replica = chosen(hardware, name, gpus)
     text = fragment(name, replica)
     (entry,) = yaml.safe_load(text)
-    assert (entry["id"], entry["engine"]["num_slots"]) == (name, replica.most_streams)
-    PlacementArgs.model_validate(entry["placement"])
-    AutoscalingArgs.model_validate(entry["autoscaling"])
-    if replica.layout.num_gpus > 1:
-        assert entry["engine"]["tensor_parallel_size"] * entry["engine"]["pipeline_parallel_size"] == replica.layout.num_gpus
+    served = ModelArgs.model_validate(entry)
+    assert served.engine.num_slots == min(512, replica.most_streams)
+    assert sum(bundle["GPU"] for bundle in served.replica_bundles) == served.engine.stages == replica.layout.num_gpus
     assert [line for line in text.splitlines() if "#" not in line] == []
 
 
