@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -296,6 +296,7 @@ def test_aliases_have_histories_of_their_own(shared):
 
 
 @given(st.lists(st.integers(min_value=0, max_value=3), max_size=8))
+@example([1, 2, 1, 0, 0])
 @hypothesis_settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_production_follows_a_stack_of_promotions(shared, actions):
     """0 rolls back, n promotes version n: the alias is always the top of the stack of distinct promotions."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from r1ray.engine.protocol import GenerationRequest
 from r1ray.errors import InvalidRequest, PromptTooLong
@@ -13,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def check_prompt(request: GenerationRequest, *, context_length: int, vocab_size: int | None = None) -> None:
-    """Raises InvalidRequest (empty, or an id outside the vocabulary) or PromptTooLong (no room for one token)."""
+    """Raises InvalidRequest (empty, or an id outside the vocabulary, in the bias too) or PromptTooLong (no room for one token)."""
     num_prompt = len(request.prompt_ids)
     if num_prompt == 0:
         raise InvalidRequest(f"Request {request.id} has an empty prompt. Send at least one token.")
@@ -22,9 +23,17 @@ def check_prompt(request: GenerationRequest, *, context_length: int, vocab_size:
             f"The prompt of {num_prompt} tokens leaves no room in the context of {context_length} tokens. "
             f"Shorten it to at most {context_length - 1} tokens."
         )
-    if vocab_size is not None and not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab_size:
-        wrong = next(i for i in request.prompt_ids if not 0 <= i < vocab_size)
-        raise InvalidRequest(f"Request {request.id} holds token id {wrong}; the vocabulary has 0 to {vocab_size - 1}. Use its tokenizer.")
+    if vocab_size is not None:
+        for what, ids in (("holds", request.prompt_ids), ("has a logit_bias for", [token for token, _ in request.logit_bias])):
+            _check_ids(request.id, what, ids, vocab_size)
+        if not 0 <= (request.num_logprobs or 0) <= vocab_size:
+            raise InvalidRequest(f"Request {request.id} asks for {request.num_logprobs} logprobs; give 0 to {vocab_size}.")
+
+
+def _check_ids(request_id: str, what: str, ids: Sequence[int], vocab_size: int) -> None:
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        wrong = next(i for i in ids if not 0 <= i < vocab_size)
+        raise InvalidRequest(f"Request {request_id} {what} token id {wrong}; the vocabulary has 0 to {vocab_size - 1}. Use its tokenizer.")
 
 
 def clipped_max_tokens(request: GenerationRequest, *, context_length: int) -> int:

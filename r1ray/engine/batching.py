@@ -237,7 +237,8 @@ class BatchingEngine:
 
     def _book(self, stream: Stream, drawn: Drawn | None) -> None:
         if drawn is None:
-            text = f"Request {stream.request.id}: the model's logits are not finite. Its weights or its adapter are damaged; evaluate them."
+            cause = "Its mask allows no token." if stream.request.mask else "Its weights or its adapter are damaged; evaluate them."
+            text = f"Request {stream.request.id}: no token has a finite logit. {cause}"
             self._pool.forget(stream.blocks)
             self._backend.clear(stream.blocks)
             self._close(stream, GenerationFailed(text), "failed")

@@ -33,8 +33,8 @@ class EngineConfig(Config):
     max_context: int | None = Field(default=None, ge=2, description="Prompt plus answer in tokens; null is the model's own limit.")
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         default="auto",
-        description="What weights are held in. int8: weights and activations, native backend only; auto: bfloat16 where the processor "
-        "multiplies it natively, else float32.",
+        description="What weights are held in. int8: weights and activations, native backend only; auto: what `r1ray calibrate` found, "
+        "else bfloat16 where the processor multiplies it natively, else float32.",
     )
     device: str = Field(default="auto", description="torch device: cpu, cuda, cuda:1; auto takes a GPU when there is one.")
     num_threads: int | None = Field(default=None, ge=1, description="Threads inside one operation; null: all cores it may use.")

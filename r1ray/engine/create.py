@@ -69,7 +69,7 @@ def _batching(
 ) -> Engine:
     from r1ray.engine.batching import BatchingEngine
 
-    precision = _native_precision(config, shape)
+    precision = _native_precision(artifact, config, registry, shape)
     if config.stages > 1:
         backend = _pipeline(artifact, config, registry, shape, precision)
     elif precision is not None:
@@ -79,12 +79,23 @@ def _batching(
     return BatchingEngine(backend, config, context_length=artifact.manifest.context_length, eos_token_ids=eos_token_ids)
 
 
-def _native_precision(config: EngineConfig, shape: PretrainedConfig) -> Precision | None:
+def _calibrated(artifact: Artifact, registry: Registry) -> Precision:
+    """What `r1ray calibrate` found best for these weights on this machine; bfloat16 where it never ran."""
+    from r1ray.engine.calibration import load_calibration
+
+    if (found := load_calibration(artifact, registry.settings)) is None:
+        log.info("engine precision: bfloat16 (%s was not calibrated here: r1ray calibrate)", artifact.ref)
+        return "bfloat16"
+    log.info("engine precision: %s (calibrated: %s)", found.chosen, found.reason)
+    return cast("Precision", found.chosen)
+
+
+def _native_precision(artifact: Artifact, config: EngineConfig, registry: Registry, shape: PretrainedConfig) -> Precision | None:
     """What the native backend shall hold the weights in; None when another backend runs the model. Says why."""
     from r1ray.engine.native import build
     from r1ray.engine.native.model import refusal
 
-    precision: Precision = "bfloat16" if config.dtype == "auto" else config.dtype
+    precision = _calibrated(artifact, registry) if config.dtype == "auto" else config.dtype
     if config.backend == "transformers":
         why: str | None = "engine.backend says transformers"
     elif choose_device(config.device) != "cpu":

@@ -8,6 +8,7 @@ Shapes: R rows, V vocabulary, C candidates.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from r1ray.engine.scheduler import Stream
 from r1ray.types import Sampling
 
 __all__ = ["Drawn", "Penalties", "new_rng", "prompt_logprobs", "sample"]
+
+log = logging.getLogger(__name__)
 
 SCORED_ROWS = 128
 NUM_CANDIDATES = 256  # sorting these is cheap; a row whose nucleus is larger is sorted whole
@@ -116,16 +119,27 @@ def _constrain(logits_V: Tensor, stream: Stream) -> None:
     if request.logit_bias:
         ids, bias = zip(*request.logit_bias, strict=True)
         logits_V[list(ids)] += torch.tensor(bias, device=logits_V.device)
-    if request.mask is not None and (allowed := request.mask(stream.generated)) is not None:
-        kept = logits_V[list(allowed)]
+    if request.mask is not None and (allowed := _allowed(stream, logits_V.shape[0])) is not None:
+        kept = logits_V[allowed]
         logits_V.fill_(-torch.inf)
-        logits_V[list(allowed)] = kept
+        logits_V[allowed] = kept
     if _has_penalty(request.sampling):
         if stream.penalties is None:
             stream.penalties = Penalties(stream, logits_V.shape[0], logits_V.device)
         stream.penalties.apply(logits_V, request.sampling)
     if len(stream.generated) < request.min_tokens and stream.stop_ids:
         logits_V[list(stream.stop_ids)] = -torch.inf
+
+
+def _allowed(stream: Stream, vocab_size: int) -> list[int] | None:
+    """What the grammar lets come next; nothing, which fails this request alone, when the grammar itself fails."""
+    assert stream.request.mask is not None
+    try:
+        allowed = stream.request.mask(stream.generated)
+        return None if allowed is None else [token for token in allowed if 0 <= token < vocab_size]
+    except Exception:  # a caller's code in the engine's thread: the other streams go on
+        log.exception("the mask of request %s failed", stream.request.id)
+        return []
 
 
 def _draw(logits_RV: Tensor, streams: Sequence[Stream]) -> list[int]:

@@ -179,7 +179,9 @@ class Registry:
             existing = {info.version for info in self.versions(name)}
             history = self._history(name, alias)
             current = history[-1] if history else None
-            earlier = [version for version in history[:-1] if version in existing and version != current]
+            earlier = [version for version in history[:-1] if version in existing]
+            while earlier and earlier[-1] == current:  # what lay between was deleted since
+                earlier.pop()
             if not earlier:
                 raise VersionNotFound(f"{name} has no earlier {alias} version to roll back to. Promote one: r1ray promote {name}@VERSION.")
             artifact = self.resolve(f"{name}@{earlier[-1]}")

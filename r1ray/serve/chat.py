@@ -170,6 +170,7 @@ def _shared_fields(body: ChatBody | CompletionBody) -> dict[str, Any]:
         "task": body.task_name,
         "min_tokens": body.min_tokens or 0,
         "ignore_eos": bool(body.ignore_eos),
+        "logit_bias": body.bias,
     }
 
 

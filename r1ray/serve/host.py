@@ -211,6 +211,7 @@ def _generation(request: TextRequest, prompt_ids: tuple[int, ...], sampling: Sam
         sampling=sampling,
         ignore_eos=request.ignore_eos,
         min_tokens=request.min_tokens,
+        logit_bias=request.logit_bias,
     )
 
 

@@ -64,6 +64,8 @@ class _GenerationBody(_Body):
     stop: str | list[str] | None = None
     seed: int | None = None
     n: int | None = Field(default=None, ge=1)
+    best_of: int | None = None
+    logit_bias: dict[int, float] | None = None
     min_tokens: int | None = Field(default=None, ge=0)
     ignore_eos: bool | None = None
     stream: bool | None = None
@@ -74,6 +76,18 @@ class _GenerationBody(_Body):
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def bias(self) -> tuple[tuple[int, float], ...]:
+        """OpenAI's logit_bias: token id -> what is added to its logit.
+
+        Raises:
+            Refused: a value is outside -100 to 100.
+        """
+        found = tuple((self.logit_bias or {}).items())
+        if wrong := next((value for _, value in found if not -100 <= value <= 100), None):
+            raise bad_request(f"logit_bias has the value {wrong}; give -100 to 100.", param="logit_bias")
+        return found
 
     @property
     def task_name(self) -> str | None:
@@ -149,6 +163,7 @@ class ChatBody(_GenerationBody):
 
     def check_supported(self) -> None:
         """Raises Refused for what this server knows but cannot do."""
+        _check_best_of(self)
         if self.tools:
             raise _unsupported("tools")
         if self.logprobs:
@@ -170,6 +185,7 @@ class CompletionBody(_GenerationBody):
 
     def check_supported(self) -> None:
         """Raises Refused for what this server knows but cannot do."""
+        _check_best_of(self)
         for name in ("echo", "logprobs", "suffix"):
             if getattr(self, name):
                 raise _unsupported(name)
@@ -184,6 +200,12 @@ class CompletionBody(_GenerationBody):
         if ids:
             return [tuple(ids)]
         return [item if isinstance(item, str) else tuple(item) for item in self.prompt if not isinstance(item, int)]
+
+
+def _check_best_of(body: _GenerationBody) -> None:
+    """As many as are returned is no choice, so that much is fine."""
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise _unsupported("best_of")
 
 
 class TokenizeBody(BaseModel):

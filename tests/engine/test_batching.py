@@ -221,6 +221,8 @@ def test_a_more_urgent_request_starts_first(tiny_llama):
         (wanted("a", (3, 9999)), InvalidRequest, "9999"),
         (wanted("a", tuple(range(20, 60))), PromptTooLong, "40 tokens leaves no room in the context of 40"),
         (wanted("a", (5,), adapter="x"), UnknownAdapter, "'x'"),
+        (wanted("a", (5,), logit_bias=((640, 1.0),)), InvalidRequest, "logit_bias for token id 640"),
+        (wanted("a", (5,), num_logprobs=9999), InvalidRequest, "9999 logprobs"),
     ],
 )
 def test_a_request_that_cannot_run_is_refused(tiny_llama, request_, error, says):
@@ -321,6 +323,18 @@ def test_broken_logits_fail_one_request_only(tiny_llama, reference, backend):
     assert beside == expected
     assert after == expected, "the slot is clean again"
     assert stats.num_failed == 1
+
+
+@pytest.mark.parametrize("mask", [lambda drawn: [], lambda drawn: 1 / 0], ids=["nothing", "failing"])
+def test_a_mask_that_allows_nothing_fails_its_own_request(tiny_llama, reference, mask):
+    async def scenario():
+        async with running(lively(tiny_llama), num_slots=2) as engine:
+            asked = [tokens(engine, wanted("masked", (5, 6), mask=mask)), tokens(engine, wanted("beside", (5, 6, 7)))]
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+    masked, beside = asyncio.run(scenario())
+    assert isinstance(masked, GenerationFailed)
+    assert beside == reference(tiny_llama, (5, 6, 7), 12)
 
 
 def test_death_of_the_engine_reaches_every_consumer(tiny_llama):

@@ -1,0 +1,61 @@
+"""A calibration keeps what it measured, and `dtype: auto` follows it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from r1ray.engine import calibrate as module
+from r1ray.engine.calibrate import _choose, calibrate
+from r1ray.engine.calibration import load_calibration
+from r1ray.engine.config import EngineConfig
+from r1ray.engine.create import create_engine
+from r1ray.engine.native import build
+from r1ray.errors import InvalidValue
+from r1ray.model.importer import import_model
+
+needs_kernels = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+
+
+@needs_kernels
+def test_auto_takes_what_was_measured_here(tiny_llama, registry, monkeypatch):
+    monkeypatch.setattr(module, "MIN_TOKENS", 600)
+    artifact = import_model(str(tiny_llama), name="tiny", registry=registry)
+    said = []
+    found = calibrate(artifact, [20 + i % 400 for i in range(600)], registry=registry, on_done=said.append)
+    assert len(said) == 3
+    assert set(found.perplexity) == {"float32", "bfloat16", "int8"}
+    assert found.perplexity["bfloat16"] == pytest.approx(found.perplexity["float32"], rel=0.02)
+    assert all(rate > 0 for rates in found.tokens_per_s.values() for rate in rates.values())
+    kept = load_calibration(artifact, registry.settings)
+    assert kept is not None
+    assert (kept.chosen, kept.reason) == (found.chosen, found.reason)
+    engine = create_engine(artifact, EngineConfig(), registry)
+    assert engine.precision == found.chosen
+    asyncio.run(engine.stop())
+
+
+def test_the_fastest_within_the_bound_is_chosen():
+    speed = {name: {"1": rate, "8": 4 * rate} for name, rate in (("float32", 10.0), ("bfloat16", 20.0), ("int8", 40.0))}
+    assert _choose({"float32": 20.0, "bfloat16": 20.01, "int8": 20.2}, speed)[0] == "int8"
+    chosen, reason = _choose({"float32": 20.0, "bfloat16": 20.01, "int8": 20.4}, speed)
+    assert chosen == "bfloat16"
+    assert "int8 loses +2.0%" in reason
+
+
+def test_too_little_text_is_refused(tiny_llama, registry):
+    artifact = import_model(str(tiny_llama), name="tiny", registry=registry)
+    with pytest.raises(InvalidValue, match="calibration needs 20000"):
+        calibrate(artifact, [1, 2, 3], registry=registry)
+
+
+def test_a_damaged_record_counts_as_none(tiny_llama, registry):
+    from r1ray.engine.calibration import _file
+
+    artifact = import_model(str(tiny_llama), name="tiny", registry=registry)
+    assert load_calibration(artifact, registry.settings) is None
+    file = _file(artifact, registry.settings)
+    file.parent.mkdir(parents=True)
+    file.write_text("{")
+    assert load_calibration(artifact, registry.settings) is None
