@@ -23,6 +23,7 @@ from torch import Tensor
 from r1ray.engine.admission import check_prompt, clipped_max_tokens
 from r1ray.engine.backend import BLOCK_SIZE, Backend, Piece
 from r1ray.engine.blocks import BlockPool
+from r1ray.engine.cap import BatchCap
 from r1ray.engine.config import EngineConfig
 from r1ray.engine.mailbox import Mailbox, deliver
 from r1ray.engine.protocol import EngineState, EngineStats, FinishReason, GenerationRequest, TokenChunk
@@ -74,6 +75,10 @@ class BatchingEngine:
             prefix_cache=config.prefix_cache,
             depth=backend.depth,
         )
+        objective_s = None if config.tpot_objective_ms is None else config.tpot_objective_ms / 1000
+        self._cap = BatchCap(least=config.min_slots, most=config.num_slots, objective_s=objective_s)
+        self._scheduler.limit = self._cap.value
+        self._last_step_s = 0.0
         self._state: EngineState = "new"
         self._error: str | None = None
         self._lock = threading.Lock()
@@ -234,6 +239,15 @@ class BatchingEngine:
                 self._book(stream, token)
         self._counts["steps"] += 1
         self._flush()
+        self._pace(sum(segment.num == 1 for segment in plan))
+
+    def _pace(self, num_decoding: int) -> None:
+        """A step without decoding streams, or the first after a pause, says nothing of the time between tokens."""
+        now = time.monotonic()
+        took, self._last_step_s = now - self._last_step_s, now if num_decoding else 0.0
+        if took < now:
+            self._cap.step(took, num_decoding, someone_waits=self._scheduler.num_waiting > 0)
+            self._scheduler.limit = self._cap.value
 
     def _book(self, stream: Stream, drawn: Drawn | None) -> None:
         if drawn is None:

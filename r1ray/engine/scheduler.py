@@ -105,6 +105,7 @@ class Scheduler:
 
     def __init__(self, *, num_slots: int, prefill_chunk: int, pool: BlockPool, prefix_cache: bool = True, depth: int = 1) -> None:
         self.num_slots = num_slots
+        self.limit = num_slots  # of streams that may run now; the engine lowers it when tokens come too late
         self.prefill_chunk = prefill_chunk
         self.pool = pool
         self.prefix_cache = prefix_cache
@@ -185,7 +186,7 @@ class Scheduler:
 
     def _admit(self) -> Stream | None:
         """The next waiting stream, when a slot and blocks for all that it has to compute are free."""
-        if not self._waiting or len(self.running) >= self.num_slots:
+        if not self._waiting or len(self.running) >= self.limit:
             return None
         stream = self._waiting[0][2]
         found = self._find(stream)

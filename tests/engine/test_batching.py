@@ -442,3 +442,24 @@ def test_prompt_logprobs_are_those_of_one_forward_pass(tiny_llama, backend):
     assert [chunk.prompt_logprobs for chunk in scored[1:]] == [()]
     assert not any(chunk.prompt_logprobs for chunk in beside)
     assert shortest[0].prompt_logprobs == ()
+
+
+def test_a_latency_objective_holds_streams_back_and_serves_all(tiny_llama):
+    """An objective that no step can meet leaves the least number running together; nobody is refused."""
+
+    async def scenario():
+        async with running(lively(tiny_llama), num_slots=8, min_slots=2, tpot_objective_ms=0.001) as engine:
+            most = 0
+
+            async def one(number):
+                nonlocal most
+                async with aclosing(engine.generate(wanted(str(number), (5, number + 20), max_tokens=30))) as chunks:
+                    async for _ in chunks:
+                        most = max(most, engine.stats().num_running)
+
+            await asyncio.gather(*(one(number) for number in range(6)))
+            return most, engine.stats()
+
+    most, stats = asyncio.run(scenario())
+    assert most == 2
+    assert stats.num_finished == 6

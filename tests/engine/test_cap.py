@@ -1,0 +1,33 @@
+"""The cap settles where the step time meets the objective, and leaves it alone without one."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from r1ray.engine.cap import BatchCap
+
+
+def settled(cap, seconds_per_stream, waiting=True, steps=600):
+    for _ in range(steps):
+        running = cap.value if waiting else min(cap.value, 2)
+        cap.step(0.002 + seconds_per_stream * running, running, someone_waits=waiting)
+    return cap.value
+
+
+@given(st.floats(0.0005, 0.01))
+def test_it_settles_below_the_objective(seconds_per_stream):
+    cap = BatchCap(least=4, most=32, objective_s=0.05)
+    value = settled(cap, seconds_per_stream)
+    assert 0.002 + seconds_per_stream * value <= 0.05 or value == 4
+    assert value == 32 or (0.002 + seconds_per_stream * value) * (value + 1) / value > 0.05
+
+
+def test_it_falls_when_the_machine_gets_slower():
+    cap = BatchCap(least=2, most=16, objective_s=0.05)
+    assert settled(cap, 0.001) == 16
+    assert settled(cap, 0.01) == 4
+
+
+@pytest.mark.parametrize(("objective_s", "waiting", "expected"), [(None, True, 16), (0.05, False, 4)])
+def test_without_an_objective_or_a_queue_it_stays(objective_s, waiting, expected):
+    assert settled(BatchCap(least=4, most=16, objective_s=objective_s), 0.001, waiting=waiting) == expected
