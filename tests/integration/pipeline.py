@@ -2,7 +2,7 @@
 
 Two tiny models as 1, 2 and 3 stages, each stage on a node of its own, on both backends; then a stage is killed under load.
 Prints one JSON object: what each configuration generated, where its stages were, and what the streams saw when the stage died.
-Usage: python pipeline.py LLAMA_DIRECTORY DEEPSEEK_DIRECTORY
+Usage: python pipeline.py QWEN2_DIRECTORY DEEPSEEK_DIRECTORY
 """
 
 from __future__ import annotations
@@ -123,9 +123,10 @@ def main(directories: dict[str, Path]) -> None:
         os.environ["RAY_ADDRESS"] = nodes.address
         ray.init(address=nodes.address, log_to_driver=False)
         for name, stages, backend in (
-            ("llama", 1, "auto"),
-            ("llama", 2, "auto"),
-            ("llama", 2, "transformers"),
+            ("qwen2", 1, "auto"),
+            ("qwen2", 2, "auto"),
+            ("qwen2", 3, "auto"),
+            ("qwen2", 2, "transformers"),
             ("deepseek", 1, "auto"),
             ("deepseek", 2, "auto"),
             ("deepseek", 3, "auto"),
@@ -135,7 +136,7 @@ def main(directories: dict[str, Path]) -> None:
             found[f"{name}/{stages}/{backend}"] = {"nodes": len(set(places)), "tokens": asyncio.run(generate(engine))}
             if group is not None:
                 remove_placement_group(group)
-        engine, _ = spread_engine(artifacts["llama"], registry, 2, "auto")
+        engine, _ = spread_engine(artifacts["qwen2"], registry, 2, "auto")
         found["killed"] = asyncio.run(killed(engine))
         found["placed"] = placed(nodes)
         print("FOUND " + json.dumps(found), flush=True)
@@ -145,4 +146,4 @@ def main(directories: dict[str, Path]) -> None:
 
 
 if __name__ == "__main__":
-    main({"llama": Path(sys.argv[1]), "deepseek": Path(sys.argv[2])})
+    main({"qwen2": Path(sys.argv[1]), "deepseek": Path(sys.argv[2])})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,29 +14,26 @@ import pytest
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture(scope="module")
-def tiny_deepseek_of_three_layers(tiny_deepseek_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """R1's architecture with a third layer, so that it can have three stages."""
-    import shutil
-
+def three_layers(directory: Path, out: Path) -> Path:
+    """The same model with a third layer, so that it can have three stages."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    out = tmp_path_factory.mktemp("tiny_deepseek_three")
-    shutil.copytree(tiny_deepseek_v3, out, dirs_exist_ok=True)
-    config = AutoConfig.from_pretrained(tiny_deepseek_v3)
+    shutil.copytree(directory, out)
+    config = AutoConfig.from_pretrained(directory)
     config.num_hidden_layers = 3
+    if getattr(config, "layer_types", None):
+        config.layer_types = ["full_attention"] * 3
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(out)
     return out
 
 
-def test_stages_on_nodes_of_their_own_generate_what_one_process_does(
-    tiny_llama: Path, tiny_deepseek_of_three_layers: Path, tmp_path: Path
-) -> None:
+def test_stages_on_nodes_of_their_own_generate_what_one_process_does(tiny_qwen2: Path, tiny_deepseek_v3: Path, tmp_path: Path) -> None:
     environment = os.environ | {"R1RAY_HOME": str(tmp_path / "home"), "RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
-    command = [sys.executable, str(Path(__file__).with_name("pipeline.py")), str(tiny_llama), str(tiny_deepseek_of_three_layers)]
+    models = [three_layers(model, tmp_path / model.name) for model in (tiny_qwen2, tiny_deepseek_v3)]
+    command = [sys.executable, str(Path(__file__).with_name("pipeline.py")), *map(str, models)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-4000:]
