@@ -1,0 +1,108 @@
+"""A model as a pipeline of two stages on two raylets of this machine, against one process with the same cores.
+
+    scripts/bench pipeline [--json FILE]
+
+The workload of `scripts/bench engine` with 32 streams, bfloat16: one process with two compute threads, then two stages with one each. Also
+the time of one hop: a pass of one token through both stages less one process's own with one thread, over the two transfers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from r1ray import cluster
+
+cluster.prepare_environment()
+sys.path.insert(0, str(Path(__file__).with_name("peers")))
+
+from rich.console import Console  # noqa: E402
+from workload import NUM_NEW, prompts  # noqa: E402
+
+from r1ray.engine.backend import Piece  # noqa: E402
+from r1ray.engine.config import EngineConfig  # noqa: E402
+from r1ray.engine.create import create_engine  # noqa: E402
+from r1ray.engine.offline import generate_all  # noqa: E402
+from r1ray.engine.protocol import GenerationRequest  # noqa: E402
+from r1ray.registry import Registry  # noqa: E402
+from r1ray.types import Sampling  # noqa: E402
+
+CONCURRENCY = 32
+console = Console()
+
+
+def rate(engine: Any) -> float:
+    """Tokens per second, the fastest of three."""
+    best = 0.0
+    for run in range(4):
+        sampling = Sampling(temperature=0, max_tokens=NUM_NEW if run else 4)
+        requests = [
+            GenerationRequest(id=f"{run}-{i}", prompt_ids=tuple(ids), sampling=sampling, ignore_eos=True)
+            for i, ids in enumerate(prompts(CONCURRENCY, 50 + run))
+        ]
+        start = time.perf_counter()
+        generate_all(engine, requests)
+        best = max(best, CONCURRENCY * NUM_NEW / (time.perf_counter() - start)) if run else best
+    return best
+
+
+def pass_ms(backend: Any) -> float:
+    """A pass of one token, the fastest of fifty."""
+    times = []
+    for _ in range(50):
+        start = time.perf_counter()
+        backend.forward([Piece(ids=[7], start=0, table=[0], num_logits=1)])
+        times.append(time.perf_counter() - start)
+    return 1000 * min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    import asyncio
+
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from r1ray.model.importer import import_model
+
+    registry = Registry()
+    artifact = import_model("smollm2", registry=registry)
+    common = {"num_slots": CONCURRENCY, "max_context": 256, "dtype": "bfloat16"}
+
+    def engine(stages: int, num_threads: int) -> Any:
+        return create_engine(artifact, EngineConfig(stages=stages, num_threads=num_threads, **common), registry)  # type: ignore[arg-type]
+
+    found: dict[str, float] = {}
+    for name, num_threads in (("one process, 2 threads", 2), ("one process, 1 thread", 1)):
+        alone = engine(1, num_threads)
+        found[f"{name}: ms per token alone"] = pass_ms(alone._backend)
+        if num_threads == 2:
+            found[f"{name}: tokens/s"] = rate(alone)
+        asyncio.run(alone.stop())
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        nodes.add_node(num_cpus=1)
+        ray.init(address=nodes.address, log_to_driver=False)
+        pipeline = engine(2, 1)
+        found["two stages: ms per token alone"] = pass_ms(pipeline._backend)
+        found["two stages: tokens/s"] = rate(pipeline)
+        asyncio.run(pipeline.stop())
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+    found["hop ms"] = (found["two stages: ms per token alone"] - found["one process, 1 thread: ms per token alone"]) / 2
+    found["ratio"] = found["two stages: tokens/s"] / found["one process, 2 threads: tokens/s"]
+    for name, value in found.items():
+        console.print(f"{name}: {value:.2f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
