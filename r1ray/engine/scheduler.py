@@ -136,7 +136,8 @@ class Scheduler:
         for stream in list(self.running):
             if stream.num_pending == 1 and len(self._planned) < most:
                 self._compute(stream, 1)
-        budget = self.prefill_chunk * (1 if self._planned else IDLE_CHUNK_FACTOR)
+        # a pipeline wants more and smaller passes: its stages idle while the first one fills it and the last one empties it
+        budget = self.prefill_chunk * (1 if self._planned else max(1, IDLE_CHUNK_FACTOR // self.depth))
         for stream in list(self.running):
             if stream.num_pending > 1 and budget > 0:
                 budget -= self._compute(stream, budget)
