@@ -5,9 +5,6 @@ Parses, calls one function of the library, draws a table. Training, tuning and s
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from r1ray.cli import plan
-from r1ray.errors import InvalidValue, R1RayError
+from r1ray.cli.frame import command
+from r1ray.errors import InvalidValue
 
 __all__ = ["app"]
 
@@ -34,25 +32,7 @@ def console() -> Console:
     return Console(highlight=False)
 
 
-def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A subcommand whose R1RayError is one line on stderr and exit code 1; a defect of ours keeps its traceback."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(function)
-        def guarded(*args: Any, **kwargs: Any) -> None:
-            try:
-                function(*args, **kwargs)
-            except R1RayError as error:
-                print(f"{type(error).__name__}: {error}", file=sys.stderr)
-                raise typer.Exit(1) from error
-
-        app.command(name)(guarded)
-        return function
-
-    return register
-
-
-@command("doctor")
+@command(app, "doctor")
 def doctor(
     start: Annotated[bool, typer.Option(help="Start a local Ray cluster when none is configured, to see that it works.")] = False,
 ) -> None:
@@ -69,7 +49,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-@command("environment")
+@command(app, "environment")
 def environment(
     fast_serve: Annotated[
         bool, typer.Option(help="Add HAProxy in front of Serve; it binds ports 8404 and 9101 on all interfaces.")
@@ -85,7 +65,7 @@ def environment(
         print(f"export {name}={shlex.quote(value)}")
 
 
-@command("import")
+@command(app, "import")
 def import_model(
     source: Annotated[str, typer.Argument(help="Hugging Face directory, *.gguf, adapter directory, `smollm2` or a hub id")],
     name: Annotated[str | None, typer.Option(help="Name in the registry; from the source when absent.")] = None,
@@ -103,7 +83,7 @@ def import_model(
     )
 
 
-@command("models")
+@command(app, "models")
 def models(name: Annotated[str | None, typer.Argument(help="Show the versions of this model.")] = None) -> None:
     """List the models, or the versions of one."""
     from r1ray.registry import Registry
@@ -120,7 +100,7 @@ def models(name: Annotated[str | None, typer.Argument(help="Show the versions of
     console().print(table if table.row_count else f"No model in {registry.settings.registry_uri}. Import one: r1ray import smollm2")
 
 
-@command("promote")
+@command(app, "promote")
 def promote(ref: Reference, alias: Annotated[str, typer.Option(help="Alias to move.")] = "production") -> None:
     """Point an alias at a version; serving follows it."""
     from r1ray.registry import Registry
@@ -128,7 +108,7 @@ def promote(ref: Reference, alias: Annotated[str, typer.Option(help="Alias to mo
     console().print(f"{alias} is now {Registry().promote(ref, alias).ref}")
 
 
-@command("rollback")
+@command(app, "rollback")
 def rollback(
     name: Annotated[str, typer.Argument(help="Model name")], alias: Annotated[str, typer.Option(help="Alias to move.")] = "production"
 ) -> None:
@@ -138,7 +118,7 @@ def rollback(
     console().print(f"{alias} is now {Registry().rollback(name, alias).ref}")
 
 
-@command("lineage")
+@command(app, "lineage")
 def lineage(ref: Reference) -> None:
     """A version and what it was made from."""
     from r1ray.registry import Registry
@@ -157,7 +137,7 @@ def lineage(ref: Reference) -> None:
     console().print(table)
 
 
-@command("chat")
+@command(app, "chat")
 def chat(
     url: Annotated[str, typer.Option(help="An OpenAI-compatible endpoint.")] = "http://127.0.0.1:8000/v1",
     model: Annotated[str | None, typer.Option(help="Model id; the first that the server has when absent.")] = None,
@@ -172,7 +152,7 @@ def chat(
     converse(session, console(), once=once)
 
 
-@command("calibrate")
+@command(app, "calibrate")
 def calibrate_model(
     ref: Annotated[str, typer.Argument(help="Registry reference; calibrating a base serves all its adapters too.")],
     text: Annotated[Path | None, typer.Option(help="UTF-8 text like the model's use; the bank demo's dialogues when absent.")] = None,
@@ -202,7 +182,7 @@ def _text(path: Path | None) -> str:
         raise InvalidValue(f"--text {path} cannot be read: {error}. Give a UTF-8 text file.") from error
 
 
-@command("demo-data")
+@command(app, "demo-data")
 def demo_data(
     out: Annotated[Path, typer.Argument(help="Directory to write to")], seed: Annotated[int, typer.Option(help="Of the generator.")] = 0
 ) -> None:
@@ -213,7 +193,7 @@ def demo_data(
     console().print(f"{paths.train}\n{paths.test}\n{paths.knowledge}", soft_wrap=True)
 
 
-@command("split")
+@command(app, "split")
 def split(
     data: Annotated[Path, typer.Argument(help="File of dialogues or labelled texts")],
     out: Annotated[Path, typer.Argument(help="Directory for train.parquet and test.parquet")],

@@ -5,10 +5,7 @@ Parses, asks r1ray.model.plan and r1ray.engine.simulate, prints tables or JSON. 
 
 from __future__ import annotations
 
-import functools
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -17,9 +14,10 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from r1ray.cli import plan_tables
+from r1ray.cli.frame import command
 from r1ray.cluster import Cluster, check_placement, connect, num_placeable
 from r1ray.config import Config
-from r1ray.errors import ClusterTooSmall, InvalidValue, R1RayError
+from r1ray.errors import ClusterTooSmall, InvalidValue
 
 if TYPE_CHECKING:
     from r1ray.engine.simulate import Outcome, Trace
@@ -40,25 +38,7 @@ PIPE_WIDTH = 150
 W = TypeVar("W", bound=Config)
 
 
-def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A subcommand whose R1RayError is one line on stderr and exit code 1."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(function)
-        def guarded(*args: Any, **kwargs: Any) -> None:
-            try:
-                function(*args, **kwargs)
-            except R1RayError as error:
-                print(f"{type(error).__name__}: {error}", file=sys.stderr)
-                raise typer.Exit(1) from error
-
-        app.command(name)(guarded)
-        return function
-
-    return register
-
-
-@command("models")
+@command(app, "models")
 def models() -> None:
     """The models whose configs ship with r1ray, their sizes and cache."""
     from r1ray.model.plan.catalog import find, names
@@ -66,7 +46,7 @@ def models() -> None:
     _console().print(plan_tables.models([find(name) for name in names()]))
 
 
-@command("gpus")
+@command(app, "gpus")
 def gpus(
     gpu_file: GpuFile = None,
     write: Annotated[Path | None, typer.Option(help="Copy r1ray's own file there, to be edited.")] = None,
@@ -84,7 +64,7 @@ def gpus(
     _console().print(plan_tables.assumptions(hardware.assumptions), style="dim")
 
 
-@command("train")
+@command(app, "train")
 def train(  # noqa: PLR0913 - one parameter per option
     *,
     model: Model,
@@ -143,7 +123,7 @@ def train(  # noqa: PLR0913 - one parameter per option
         raise typer.Exit(1)
 
 
-@command("serve")
+@command(app, "serve")
 def serve(  # noqa: PLR0913 - one parameter per option
     *,
     model: Model,

@@ -118,7 +118,7 @@ def test_the_bundles_can_be_placed_on_such_nodes(hardware, name, gpus):
     nodes = tuple(Node(id=str(number), resources=resources) for number in range(replica.pool.num_nodes))
     check_placement(Cluster(address="", nodes=nodes), replica.bundles() * replica.num_replicas, wanted_by="test")
     check_placement(Cluster(address="", nodes=nodes), replica.bundles(), strategy=replica.strategy, wanted_by="test")
-    assert sum(bundle["GPU"] for bundle in replica.bundles(single=True)) == replica.layout.num_gpus
+    assert sum(bundle["GPU"] for bundle in replica.bundles()) == replica.layout.num_gpus
 
 
 def test_stages_that_fill_nodes_are_spread_over_them(hardware):

@@ -258,11 +258,10 @@ class Replica:
         """STRICT_SPREAD where every stage takes a node of its own."""
         return "STRICT_SPREAD" if self.layout.stages > 1 and self.stages_per_node == 1 else "PACK"
 
-    def bundles(self, *, single: bool = False) -> list[dict[str, float]]:
-        """Ray's placement group: one per stage, the first with the replica's own process in it; `single`: one per GPU, as vLLM wants."""
-        split = self.layout.tensor_parallel
-        sizes = [1] * self.layout.num_gpus if single else [split] * self.layout.stages
-        return [{"CPU": float(size + (number == 0)), "GPU": float(size)} for number, size in enumerate(sizes)]
+    def bundles(self) -> list[dict[str, float]]:
+        """Ray's placement group: one per stage, the first with the replica's own process in it."""
+        size = self.layout.tensor_parallel
+        return [{"CPU": float(size + (number == 0)), "GPU": float(size)} for number in range(self.layout.stages)]
 
 
 def plan_replica(shape: ModelShape, pool: Pool, wish: ServingWish, assumptions: Assumptions, degrees: tuple[int, int]) -> Replica:
