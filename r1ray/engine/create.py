@@ -17,7 +17,7 @@ from r1ray.errors import UnsupportedModel
 from r1ray.types import Artifact
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
     from r1ray.engine.backend import Backend
     from r1ray.engine.native.weights import Precision
@@ -31,11 +31,8 @@ log = logging.getLogger(__name__)
 KV_SHARE = {"cpu": 0.15, "cuda": 0.8}  # of the free memory, where the config does not say
 
 
-def create_engine(artifact: Artifact, config: EngineConfig, registry: Registry, *, model: PreTrainedModel | None = None) -> Engine:
+def create_engine(artifact: Artifact, config: EngineConfig, registry: Registry) -> Engine:
     """Load the artifact's weights (an adapter is merged into its base) into an engine of `config.type`.
-
-    Args:
-        model: The artifact's model when it is in memory already. The engine takes it over: call it directly no more.
 
     Raises:
         UnsupportedModel: no engine of that type can run this kind of artifact, or the chosen backend cannot.
@@ -51,32 +48,24 @@ def create_engine(artifact: Artifact, config: EngineConfig, registry: Registry, 
     from r1ray.model.load import base_of
 
     directory = base_of(artifact, registry).path if artifact.manifest.kind == "adapter" else artifact.path
-    shape = AutoConfig.from_pretrained(directory) if model is None else model.config
+    shape = AutoConfig.from_pretrained(directory)
     limit = artifact.manifest.context_length
     config = config.model_copy(
         update={"max_context": min(config.max_context or limit, limit), "num_threads": choose_threads(config.num_threads)}
     )
-    return _batching(artifact, config, registry, shape, model, _eos_ids(artifact, directory, shape))
-
-
-def _batching(
-    artifact: Artifact,
-    config: EngineConfig,
-    registry: Registry,
-    shape: PretrainedConfig,
-    model: PreTrainedModel | None,
-    eos_token_ids: list[int],
-) -> Engine:
     from r1ray.engine.batching import BatchingEngine
 
+    backend = _backend(artifact, config, registry, shape)
+    return BatchingEngine(backend, config, context_length=limit, eos_token_ids=_eos_ids(artifact, directory, shape))
+
+
+def _backend(artifact: Artifact, config: EngineConfig, registry: Registry, shape: PretrainedConfig) -> Backend:
     precision = _native_precision(artifact, config, registry, shape)
     if config.stages > 1:
-        backend = _pipeline(artifact, config, registry, shape, precision)
-    elif precision is not None:
-        backend = _native(artifact, config, registry, shape, model, precision)
-    else:
-        backend = _transformers(artifact, config, registry, model)
-    return BatchingEngine(backend, config, context_length=artifact.manifest.context_length, eos_token_ids=eos_token_ids)
+        return _pipeline(artifact, config, registry, shape, precision)
+    if precision is not None:
+        return _native(artifact, config, registry, shape, precision)
+    return _transformers(artifact, config, registry)
 
 
 def _calibrated(artifact: Artifact, registry: Registry) -> Precision:
@@ -113,14 +102,7 @@ def _native_precision(artifact: Artifact, config: EngineConfig, registry: Regist
     return None
 
 
-def _native(
-    artifact: Artifact,
-    config: EngineConfig,
-    registry: Registry,
-    shape: PretrainedConfig,
-    model: PreTrainedModel | None,
-    precision: Precision,
-) -> Backend:
+def _native(artifact: Artifact, config: EngineConfig, registry: Registry, shape: PretrainedConfig, precision: Precision) -> Backend:
     from r1ray.engine.native.model import NativeModel, NativeOptions, Shape, kv_bytes_per_token
 
     assert config.max_context is not None and config.num_threads is not None, "create_engine has filled them in"
@@ -131,7 +113,7 @@ def _native(
         context=config.max_context,
         num_threads=config.num_threads,
     )
-    return NativeModel(shape, _tensors(artifact, registry, model, "float32" if precision == "float32" else "auto"), options)
+    return NativeModel(shape, _tensors(artifact, registry, "float32" if precision == "float32" else "auto"), options)
 
 
 def _pipeline(
@@ -184,29 +166,27 @@ def _split(shape: PretrainedConfig, num_stages: int) -> list[tuple[int, int]]:
     return split_layers(costs, num_stages, after=float(shape.vocab_size * shape.hidden_size))
 
 
-def _tensors(artifact: Artifact, registry: Registry, model: PreTrainedModel | None, dtype: Literal["float32", "auto"]) -> Tensors:
-    """From the files, without transformers' modules, where that is enough; from a loaded or merged model otherwise."""
+def _tensors(artifact: Artifact, registry: Registry, dtype: Literal["float32", "auto"]) -> Tensors:
+    """From the files, without transformers' modules, where that is enough; from a merged model otherwise."""
     from r1ray.model.checkpoint import checkpoint_tensors
     from r1ray.model.load import base_of, load_model
     from r1ray.model.lora import merged, read_lora, why_not_plain
 
-    if model is None and artifact.manifest.kind != "adapter":
+    if artifact.manifest.kind != "adapter":
         return checkpoint_tensors(artifact.path)
-    if model is None and why_not_plain(artifact.path) is None:
+    if why_not_plain(artifact.path) is None:
         return merged(checkpoint_tensors(base_of(artifact, registry).path), read_lora(artifact.path))
-    loaded = load_model(artifact, registry=registry, dtype=dtype) if model is None else model
-    return loaded.state_dict().get
+    return load_model(artifact, registry=registry, dtype=dtype).state_dict().get
 
 
-def _transformers(artifact: Artifact, config: EngineConfig, registry: Registry, model: PreTrainedModel | None) -> Backend:
+def _transformers(artifact: Artifact, config: EngineConfig, registry: Registry) -> Backend:
     import torch
 
     from r1ray.engine.paged import TransformersBackend, kv_bytes_per_token
     from r1ray.model.load import load_model
 
-    if model is None:
-        dtype = cast(Literal["auto", "float32", "bfloat16"], config.dtype)
-        model = load_model(artifact, registry=registry, dtype=dtype, device=choose_device(config.device))
+    dtype = cast(Literal["auto", "float32", "bfloat16"], config.dtype)
+    model = load_model(artifact, registry=registry, dtype=dtype, device=choose_device(config.device))
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     num_blocks = num_kv_blocks(config, kv_bytes_per_token(model.config, model.dtype), model.device.type)
