@@ -20,7 +20,7 @@ from r1ray.errors import TrainingError
 from r1ray.train import checkpoint
 from r1ray.train.config import TrainConfig
 from r1ray.train.progress import Curve, Step
-from r1ray.train.trainer import SupervisedTrainer
+from r1ray.train.trainer import PacedTrainer
 
 __all__ = ["Diverged", "Pace"]
 
@@ -39,8 +39,9 @@ class Pace(TrainerCallback):
     run: str
     run_directory: Path
     rank: int
+    world: int
     elapsed_before_s: float = 0.0
-    trainer: SupervisedTrainer | None = None
+    trainer: PacedTrainer | None = None
     curve: Curve | None = None
     _began: float = 0.0
     _step_began: float = 0.0
@@ -90,7 +91,7 @@ class Pace(TrainerCallback):
         meta = checkpoint.Meta(
             run=self.run,
             step=state.global_step,
-            world_size=trainer.feed.num_workers,
+            world_size=self.world,
             zero_stage=self.config.zero_stage,
             elapsed_s=trainer.schedule.elapsed_s,
         )
@@ -111,7 +112,7 @@ class Pace(TrainerCallback):
         self._saved_at_s = trainer.schedule.elapsed_s
 
     @property
-    def _bound(self) -> SupervisedTrainer:
+    def _bound(self) -> PacedTrainer:
         assert self.trainer is not None, "set trainer before training"
         return self.trainer
 

@@ -35,6 +35,7 @@ class TrainConfig(Config):
         default=None, ge=1, description="Compute threads of a worker; null: the node's cores / num_workers."
     )
 
+    objective: Literal["sft"] = Field(default="sft", description="What is minimised: sft, the next token of the assistant's turns.")
     method: Literal["lora", "full"] = Field(default="lora", description="Train a LoRA adapter or all weights.")
     lora: LoraSettings = Field(default_factory=LoraSettings, description="The adapter's shape.")
     zero_stage: Literal[0, 1, 2, 3] = Field(

@@ -22,8 +22,8 @@ from r1ray import cluster
 from r1ray.errors import R1RayError
 from r1ray.train.controller import AskNobody, ProcessGroupConfig
 from r1ray.train.failures import unwrap
-from r1ray.train.order import num_threads, worker_bundles
-from r1ray.train.worker import WorkOrder, work
+from r1ray.train.order import WorkOrder, num_threads, worker_bundles
+from r1ray.train.worker import work
 
 __all__ = ["LeanTrainer", "fit"]
 

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 from r1ray import cluster
-from r1ray.data.read import read_conversations
 from r1ray.errors import RegistryError, TrainingError, UnsupportedModel
 from r1ray.observe.tracking import Run
 from r1ray.registry import Registry
@@ -20,11 +19,10 @@ from r1ray.settings import Settings
 from r1ray.train import checkpoint, runs
 from r1ray.train.config import FinetuneConfig, TrainConfig
 from r1ray.train.export import Result, export
-from r1ray.train.order import resolve_order, worker_bundles
+from r1ray.train.objective import objective_of
+from r1ray.train.order import WorkOrder, resolve_order, worker_bundles
 from r1ray.train.plot import draw, sparkline
 from r1ray.train.progress import Follower, Step, curve, line
-from r1ray.train.tokens import tokenise
-from r1ray.train.worker import WorkOrder
 from r1ray.types import Artifact
 
 __all__ = ["finetune"]
@@ -46,17 +44,18 @@ def finetune(config: FinetuneConfig, settings: Settings | None = None) -> Artifa
     _check_cluster(config.train, settings)
     registry = Registry(settings)
     base = _base(config, registry)
-    loaded = read_conversations(config.data)
-    run = runs.run_name(config, base, loaded.data_hash)
+    objective = objective_of(config.train.objective)
+    rows = objective.read(config)
+    run = runs.run_name(config, base, rows.data_hash)
     directory = settings.checkpoints / run
     if config.train.restart:
         runs.forget(directory)
     if (done := _finished(directory, registry)) is not None:
         _say(f"{run} is finished: {done.ref} (train.restart=true trains it again)")
         return done
-    tokens = tokenise(loaded, base, config.data, max_length=config.train.max_length, cache=settings.cache)
+    material = objective.prepare(rows, base, config, settings)
     directory.mkdir(parents=True, exist_ok=True)
-    return _train(config, resolve_order(config.train, base, tokens, directory, settings, _say), loaded.data_hash, registry)
+    return _train(config, resolve_order(config.train, base, material, directory, settings, _say), rows.data_hash, registry)
 
 
 def _train(config: FinetuneConfig, order: WorkOrder, data_hash: str, registry: Registry) -> Artifact:

@@ -7,25 +7,64 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from r1ray.model.load import choose_dtype
 from r1ray.settings import Settings
 from r1ray.train import runs
-from r1ray.train.batches import accumulation_steps
+from r1ray.train.batches import BatchPlan, accumulation_steps
 from r1ray.train.config import TrainConfig
-from r1ray.train.tokens import TokenSet
-from r1ray.train.worker import WorkOrder, plan_of
 from r1ray.types import Artifact
 
-__all__ = ["num_threads", "resolve_order", "worker_bundles"]
+__all__ = ["Material", "WorkOrder", "num_threads", "plan_of", "resolve_order", "worker_bundles"]
+
+
+class Material(Protocol):
+    """Tokenised rows on disk and what they hold; small, since it is pickled to the workers."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def told(self) -> str:
+        """`2400 dialogues, 310000 tokens, ...` for the job log."""
+
+    def lengths(self) -> list[int]:
+        """Tokens of each row, in order: what batches are grouped by."""
+
+    def rows(self) -> Any:
+        """The rows themselves, on a worker."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkOrder:
+    """All that a worker needs, resolved by the driver; small, since it is pickled."""
+
+    config: TrainConfig
+    base: Artifact
+    material: Material
+    run: str
+    run_directory: Path
+    num_steps: int
+    dtype: str
+    attention: str
+    settings: Settings
+
+
+def plan_of(config: TrainConfig, lengths: list[int]) -> BatchPlan:
+    """The batches that driver and workers agree on."""
+    return BatchPlan(
+        lengths, batch_size=config.batch_size, num_epochs=config.num_epochs, seed=config.seed, group_window=config.group_window
+    )
 
 
 def resolve_order(
-    config: TrainConfig, base: Artifact, tokens: TokenSet, directory: Path, settings: Settings, say: Callable[[str], object]
+    config: TrainConfig, base: Artifact, material: Material, directory: Path, settings: Settings, say: Callable[[str], object]
 ) -> WorkOrder:
     """The order for the workers of the run in `directory`; tells `say` what was chosen and why."""
-    plan = plan_of(config, [len(row) for row in tokens.rows()[0]])
+    plan = plan_of(config, material.lengths())
     num_steps = min(plan.num_steps, config.max_steps or plan.num_steps)
     accumulation = accumulation_steps(config.batch_size, config.num_workers, config.micro_batch_size)
     padding = 0.0 if config.packing else plan.padding_share(config.num_workers, accumulation)
@@ -33,15 +72,15 @@ def resolve_order(
     dtype, reason = (known.dtype, "the run began with it") if known else _dtype(config)
     attention = config.attention if config.attention != "auto" else "sdpa" if config.use_gpu else "eager"
     say(f"{directory.name} on {base.ref}")
-    say(f"{tokens.num_rows} dialogues, {tokens.num_tokens} tokens, {tokens.num_trained_tokens} carry loss, {padding:.1%} padding")
+    say(f"{material.told}, {padding:.1%} padding")
     budget = f", at most {config.max_seconds:.0f} s" if config.max_seconds else ""
     say(f"{num_steps} steps of {config.batch_size} dialogues ({config.num_workers} workers x {accumulation} passes){budget}")
     threads = f"{num_threads(config)} threads per worker"
-    say(f"{config.method}, ZeRO-{config.zero_stage}, {dtype} because {reason}, {attention} attention, {threads}")
+    say(f"{config.objective}, {config.method}, ZeRO-{config.zero_stage}, {dtype} because {reason}, {attention} attention, {threads}")
     return WorkOrder(
         config=config,
         base=base,
-        tokens=tokens,
+        material=material,
         run=directory.name,
         run_directory=directory,
         num_steps=num_steps,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from r1ray.data.config import DataConfig
@@ -44,6 +45,15 @@ class TokenSet:
     num_trained_tokens: int
     num_shortened: int
     num_rejected: int
+
+    @property
+    def told(self) -> str:
+        return f"{self.num_rows} dialogues, {self.num_tokens} tokens, {self.num_trained_tokens} carry loss"
+
+    def lengths(self) -> list[int]:
+        """Tokens of each dialogue."""
+        lengths: list[int] = pc.list_value_length(pq.read_table(self.path, columns=["input_ids"])["input_ids"]).to_pylist()
+        return lengths
 
     def rows(self) -> tuple[list[list[int]], list[list[int]]]:
         """(input ids, masks), one list per dialogue."""

@@ -1,4 +1,4 @@
-"""What each Ray Train worker does: load the base, put the adapter on, train, leave checkpoints; returns rank 0's summary.
+"""What each Ray Train worker does: agree on where to start, train by its objective, leave checkpoints; returns rank 0's summary.
 
 Every rank runs this same function with the same order; what differs is the rank. Knows no registry and no data format.
 """
@@ -9,49 +9,23 @@ import logging
 import os
 import shutil
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from r1ray.errors import CheckpointCorrupt, R1RayError, TrainingError
-from r1ray.settings import Settings
 from r1ray.train import checkpoint
-from r1ray.train.batches import BatchPlan, accumulation_steps
-from r1ray.train.config import TrainConfig
+from r1ray.train.batches import accumulation_steps
+from r1ray.train.objective import objective_of
+from r1ray.train.objective.base import Bench
+from r1ray.train.order import WorkOrder
 from r1ray.train.schedule import Schedule
-from r1ray.train.tokens import TokenSet
-from r1ray.types import Artifact
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from r1ray.train.trainer import PacedTrainer
 
-    from r1ray.train.trainer import SupervisedTrainer
-
-__all__ = ["WorkOrder", "plan_of", "work"]
+__all__ = ["work"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkOrder:
-    """All that a worker needs, resolved by the driver; small, since it is pickled."""
-
-    config: TrainConfig
-    base: Artifact
-    tokens: TokenSet
-    run: str
-    run_directory: Path
-    num_steps: int
-    dtype: str
-    attention: str
-    settings: Settings
-
-
-def plan_of(config: TrainConfig, lengths: list[int]) -> BatchPlan:
-    """The batches that driver and workers agree on."""
-    return BatchPlan(
-        lengths, batch_size=config.batch_size, num_epochs=config.num_epochs, seed=config.seed, group_window=config.group_window
-    )
 
 
 def work(loop_config: dict[str, Any]) -> dict[str, Any]:
@@ -123,63 +97,27 @@ class _Work:
             _log.warning("resuming %s from step %d", self.order.run, verdict[0][1].step)
         return verdict[0]
 
-    def _trainer(self, resumed: checkpoint.Meta | None) -> SupervisedTrainer:
-        from r1ray.model.load import load_tokenizer
+    def _trainer(self, resumed: checkpoint.Meta | None) -> PacedTrainer:
         from r1ray.train.callbacks import Pace
-        from r1ray.train.feed import Feed
-        from r1ray.train.trainer import SupervisedTrainer, trainer_arguments
 
         order, config = self.order, self.config
         shutil.rmtree(self._staging, ignore_errors=True)
         self._staging.mkdir(parents=True)
-        bf16 = order.dtype == "bfloat16"
-        arguments = trainer_arguments(config, output=self._staging, num_steps=order.num_steps, accumulation=self.accumulation, bf16=bf16)
-        tokenizer = load_tokenizer(order.base)
-        ids, masks = order.tokens.rows()
-        feed = Feed(
-            input_ids=ids,
-            masks=masks,
-            plan=plan_of(config, [len(row) for row in ids]),
-            num_steps=order.num_steps,
+        elapsed = resumed.elapsed_s if resumed else 0.0
+        place = {"run": order.run, "run_directory": order.run_directory, "rank": self.rank, "world": self.world}
+        pace = Pace(config=config, **place, elapsed_before_s=elapsed)
+        bench = Bench(
+            order=order,
             rank=self.rank,
             num_workers=self.world,
             accumulation=self.accumulation,
-            pad_id=tokenizer.pad_token_id or 0,
-            packing=config.packing,
+            staging=self._staging,
+            schedule=Schedule(order.num_steps, config.warmup_share, config.floor_share, config.max_seconds, elapsed),
+            callbacks=[pace],
         )
-        elapsed = resumed.elapsed_s if resumed else 0.0
-        schedule = Schedule(order.num_steps, config.warmup_share, config.floor_share, config.max_seconds, elapsed)
-        pace = Pace(config=config, run=order.run, run_directory=order.run_directory, rank=self.rank, elapsed_before_s=elapsed)
-        model = self._model()
-        trainer = SupervisedTrainer(model, arguments, feed=feed, schedule=schedule, tokenizer=tokenizer, callbacks=[pace])
+        trainer = objective_of(config.objective).trainer(bench)
         pace.trainer = trainer
         return trainer
-
-    def _model(self) -> PreTrainedModel:
-        """The base, every weight trained; or frozen, with a fresh adapter that all ranks initialise alike."""
-        from transformers import set_seed
-
-        from r1ray.model.adapters import lora
-        from r1ray.model.checkpoint import read_json
-        from r1ray.model.family import family_of
-        from r1ray.model.load import load_model
-        from r1ray.registry import Registry
-
-        order = self.order
-        model = load_model(order.base, registry=Registry(order.settings), dtype=order.dtype, device="cpu")  # type: ignore[arg-type]
-        model.set_attn_implementation(order.attention)
-        model.config.use_cache = False
-        model.train()
-        if self.config.method == "full":
-            return model
-        from peft import get_peft_model
-
-        set_seed(self.config.seed)
-        shape = self.config.lora
-        family = family_of(read_json(order.base.path / "config.json"))
-        settings = lora(family, rank=shape.rank, alpha=shape.alpha, dropout=shape.dropout, targets=shape.targets, use_dora=shape.dora)
-        # DeepSpeed keeps the float32 master copy; two dtypes in one model would break ZeRO-3's gathering
-        return get_peft_model(model, settings, autocast_adapter_dtype=False)
 
 
 def _check_world(start: tuple[Path, checkpoint.Meta] | None, order: WorkOrder, world: int) -> None:

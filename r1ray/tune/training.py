@@ -23,9 +23,8 @@ from r1ray.settings import Settings
 from r1ray.train import checkpoint
 from r1ray.train.config import FinetuneConfig
 from r1ray.train.fit import fit
-from r1ray.train.order import resolve_order
+from r1ray.train.order import WorkOrder, resolve_order
 from r1ray.train.tokens import TokenSet, tokenise
-from r1ray.train.worker import WorkOrder
 from r1ray.tune.config import HyperparameterSweepConfig
 from r1ray.tune.heldout import divide, held_out_loss
 

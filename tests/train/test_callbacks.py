@@ -16,14 +16,14 @@ class FakeTrainer:
 
     def __init__(self, nll: float) -> None:
         self.tally = Tally(nll)
-        self.feed = SimpleNamespace(num_trained=lambda _: 10, num_tokens=lambda _: 20, num_workers=1)
+        self.feed = SimpleNamespace(num_trained=lambda _: 10, num_tokens=lambda _: 20)
         self.schedule = Schedule(100, 0.05, 0.1, max_seconds=60)
         self.learning_rate = 0.5
         self.model_wrapped = object()
 
 
 def pace(tmp_path, trainer: FakeTrainer, **changes) -> Pace:
-    made = Pace(config=TrainConfig(**changes), run="r", run_directory=tmp_path, rank=0, elapsed_before_s=30.0)
+    made = Pace(config=TrainConfig(**changes), run="r", run_directory=tmp_path, rank=0, world=1, elapsed_before_s=30.0)
     made.trainer = trainer  # type: ignore[assignment]
     made.on_train_begin()
     return made

@@ -1,0 +1,50 @@
+"""Supervised fine-tuning: the next token of what the assistant says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from r1ray.data.read import Loaded, read_conversations
+from r1ray.settings import Settings
+from r1ray.train.objective.base import Bench, Objective
+from r1ray.train.order import plan_of
+from r1ray.train.tokens import TokenSet, tokenise
+from r1ray.types import Artifact
+
+if TYPE_CHECKING:
+    from r1ray.train.config import FinetuneConfig
+    from r1ray.train.objective.sft_trainer import SupervisedTrainer
+
+__all__ = ["Supervised"]
+
+
+class Supervised(Objective):
+    """Dialogues in any format; the loss is the mean over the batch's supervised tokens."""
+
+    def read(self, config: FinetuneConfig) -> Loaded:
+        return read_conversations(config.data)
+
+    def prepare(self, rows: Loaded, base: Artifact, config: FinetuneConfig, settings: Settings) -> TokenSet:
+        return tokenise(rows, base, config.data, max_length=config.train.max_length, cache=settings.cache)
+
+    def trainer(self, bench: Bench) -> SupervisedTrainer:
+        from r1ray.train.feed import Feed
+        from r1ray.train.objective.sft_trainer import SupervisedTrainer, sft_arguments
+
+        arguments = sft_arguments(bench)  # before the model: ZeRO-3 must be known when it is loaded
+        order, tokenizer = bench.order, bench.tokenizer()
+        ids, masks = order.material.rows()
+        feed = Feed(
+            input_ids=ids,
+            masks=masks,
+            plan=plan_of(order.config, [len(row) for row in ids]),
+            num_steps=order.num_steps,
+            rank=bench.rank,
+            num_workers=bench.num_workers,
+            accumulation=bench.accumulation,
+            pad_id=tokenizer.pad_token_id or 0,
+            packing=order.config.packing,
+        )
+        return SupervisedTrainer(
+            bench.model(), arguments, feed=feed, schedule=bench.schedule, tokenizer=tokenizer, callbacks=bench.callbacks
+        )
