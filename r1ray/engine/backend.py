@@ -6,7 +6,7 @@ and no sampling. Implemented by `native` (compiled CPU kernels) and `paged` (tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -35,9 +35,10 @@ class Piece:
 
 
 class Immediate:
-    """What a backend without a pipeline inherits: a submitted pass is computed at once."""
+    """What a backend in one process inherits: a submitted pass is computed at once, and nobody can be lost."""
 
     depth = 1
+    lacks: frozenset[str] = frozenset()
 
     def submit(self, pieces: Sequence[Piece]) -> object:
         return self.forward(pieces)  # type: ignore[attr-defined]
@@ -46,13 +47,20 @@ class Immediate:
         assert isinstance(submitted, Tensor)
         return submitted
 
+    def watch(self, lost: Callable[[str], None]) -> None:
+        """Nothing to watch."""
+
 
 class Backend(Protocol):
-    """`precision` names what the weights are held in; `adapters` those that `Piece.adapter` may name."""
+    """`precision` names what the weights are held in; `adapters` those that `Piece.adapter` may name.
+
+    `lacks` are the engine's capabilities that need more than logits and are not to be had here.
+    """
 
     vocab_size: int
     num_blocks: int
     precision: str
+    lacks: frozenset[str]
 
     @property
     def adapters(self) -> frozenset[str]: ...
@@ -69,6 +77,9 @@ class Backend(Protocol):
 
     def collect(self, submitted: object) -> Tensor:
         """The logits of the oldest pass that was not collected yet; waits for it."""
+
+    def watch(self, lost: Callable[[str], None]) -> None:
+        """Call `lost` with the reason, from any thread, when a process that this backend needs dies, even while nothing is computed."""
 
     def load_adapter(self, name: str, path: Path) -> None:
         """Take the PEFT directory at `path`; replaces an adapter of that name.

@@ -29,7 +29,7 @@ from r1ray.engine.mailbox import Mailbox, deliver
 from r1ray.engine.protocol import EngineState, EngineStats, FinishReason, GenerationRequest, TokenChunk
 from r1ray.engine.sampler import Drawn, new_rng, prompt_logprobs, sample
 from r1ray.engine.scheduler import Scheduler, Segment, Stream
-from r1ray.errors import EngineStopped, GenerationFailed, InvalidRequest, QueueFull, UnknownAdapter
+from r1ray.errors import EngineStopped, GenerationFailed, InvalidRequest, QueueFull, R1RayError, UnknownAdapter
 
 __all__ = ["BatchingEngine"]
 
@@ -66,6 +66,7 @@ class BatchingEngine:
         self.context_length = min(context_length, config.max_context or context_length, backend.num_blocks * BLOCK_SIZE)
         self.eos_token_ids = frozenset(eos_token_ids)
         self.precision = backend.precision
+        self.capabilities = BatchingEngine.capabilities - backend.lacks
         self._backend = backend
         self._pool = BlockPool(backend.num_blocks)
         self._scheduler = Scheduler(
@@ -97,6 +98,7 @@ class BatchingEngine:
             if self._state != "new":
                 return
             self._state = "running"
+        self._backend.watch(self._fail)
         self._thread.start()
         weakref.finalize(self, _halt, self._inbox, self._thread)
 
@@ -190,8 +192,19 @@ class BatchingEngine:
             raise self._death()
 
     def _death(self) -> EngineStopped:
-        cause = f": {self._error}" if self._error else ""
-        return EngineStopped(f"The engine is {self._state}{cause}. Start it, or send the request to another replica.")
+        if self._error:
+            return EngineStopped(f"The engine failed: {self._error} Send the request again when the replica is rebuilt.")
+        return EngineStopped(f"The engine is {self._state}. Start it, or send the request to another replica.")
+
+    def _fail(self, reason: str) -> None:
+        """From any thread, for good. Does not wait for the engine's own thread, which may hang in a pass that will never come back."""
+        with self._lock:
+            if self._state in ("failed", "stopped"):
+                return
+            self._state, self._error = "failed", reason
+            streams, self._open = list(self._open.values()), {}
+        deliver([(stream.mailbox, self._death()) for stream in streams])
+        self._inbox.put(None)
 
     # --- the engine's thread -----------------------------------------------------------------------------------------------------
 
@@ -204,7 +217,7 @@ class BatchingEngine:
                 self._step()
         except Exception as error:
             log.exception("the engine's step loop died")
-            self._state, self._error = "failed", f"{type(error).__name__}: {error}"
+            self._fail(str(error) if isinstance(error, R1RayError) else f"{type(error).__name__}: {error}.")
         finally:
             self._end_all()
 
