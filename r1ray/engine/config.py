@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from r1ray.config import Config
 
-__all__ = ["EngineConfig", "FakeConfig"]
+__all__ = ["EngineConfig", "FakeConfig", "VllmConfig"]
 
 
 class FakeConfig(Config):
@@ -19,10 +19,29 @@ class FakeConfig(Config):
     max_answer_tokens: int | None = Field(default=None, ge=1, description="Longest echo; null repeats the whole prompt.")
 
 
+class VllmConfig(Config):
+    """What only vLLM has. It runs in a Python environment of its own, which `scripts/setup-vllm` prepares."""
+
+    environment: str | None = Field(
+        default=None, description="That environment, on every node under the same path; null: ~/.cache/r1ray/vllm or $R1RAY_VLLM."
+    )
+    executor: Literal["mp", "ray"] = Field(
+        default="mp", description="mp: all GPUs of a replica in one bundle, so in one node; ray: a bundle per GPU, over several nodes."
+    )
+    max_adapters: int = Field(default=0, ge=0, description="LoRA adapters that share a batch, beside the model's own; 0 takes none.")
+    max_adapter_rank: Literal[8, 16, 32, 64, 128, 256] = Field(default=32, description="Largest rank of those adapters.")
+    eager: bool = Field(default=False, description="No compilation and no CUDA graphs: starts sooner and answers slower.")
+    gpu_memory_share: float = Field(
+        default=0.9, gt=0, le=1, description="Of each GPU's memory, weights included, unless kv_cache_gb is set."
+    )
+
+
 class EngineConfig(Config):
     """How one replica generates. The same settings serve chat, evaluation and sampling sweeps."""
 
-    type: Literal["torch", "fake"] = Field(default="torch", description="torch: the in-house engine; fake: echoes the prompt's ids.")
+    type: Literal["torch", "vllm", "fake"] = Field(
+        default="torch", description="torch: the in-house engine; vllm: vLLM, for GPUs; fake: echoes the prompt's ids."
+    )
     backend: Literal["auto", "native", "transformers"] = Field(
         default="auto",
         description="Of the in-house engine. native: compiled CPU kernels (Llama, Qwen2, Qwen3 on AVX-512); transformers: any model and "
@@ -37,9 +56,9 @@ class EngineConfig(Config):
     min_slots: int = Field(default=4, ge=1, description="Streams that run together whatever tpot_objective_ms says (seed 002: 4 to 32).")
     max_waiting: int = Field(default=256, ge=0, description="Requests that may wait for a slot; one more is refused (QueueFull).")
     max_context: int | None = Field(default=None, ge=2, description="Prompt plus answer in tokens; null is the model's own limit.")
-    dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = Field(
         default="auto",
-        description="What weights are held in. int8: weights and activations, native backend only; auto: what `r1ray calibrate` found, "
+        description="What weights are held in. int8, int4: with int8 activations, native backend only; auto: what `r1ray calibrate` found, "
         "else bfloat16 where the processor multiplies it natively, else float32.",
     )
     device: str = Field(default="auto", description="torch device: cpu, cuda, cuda:1; auto takes a GPU when there is one.")
@@ -52,8 +71,11 @@ class EngineConfig(Config):
         ge=1,
         description="Pipeline stages: layers are split over this process and stages - 1 Ray actors, on other nodes if placement says so.",
     )
-    stage_cpus: float = Field(default=1.0, ge=0, description="Logical CPUs that Ray reserves for each actor of a pipeline.")
-    stage_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each actor of a pipeline.")
+    tensor_parallel: int = Field(
+        default=1, ge=1, description="GPUs that share each layer, for type vllm; with stages times as many in all."
+    )
+    stage_cpus: float = Field(default=1.0, ge=0, description="Logical CPUs that Ray reserves for each actor of a pipeline, or GPU of vLLM.")
+    stage_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each actor of a pipeline; 1 for vLLM on GPUs.")
     prefix_cache: bool = Field(default=True, description="Keep what prompts that begin alike have computed.")
     kv_cache_gb: float | None = Field(
         default=None,
@@ -61,3 +83,35 @@ class EngineConfig(Config):
         description="Memory for keys and values; null: what num_slots full contexts need, at most a share of what is free.",
     )
     fake: FakeConfig = Field(default_factory=FakeConfig, description="Only for type fake.")
+    vllm: VllmConfig = Field(default_factory=VllmConfig, description="Only for type vllm.")
+
+    @model_validator(mode="after")
+    def _what_the_engine_lacks(self) -> Self:
+        if self.type != "vllm":
+            if self.tensor_parallel > 1:
+                raise ValueError(
+                    f"tensor_parallel={self.tensor_parallel} needs type vllm; type {self.type} splits by layers only: set stages"
+                )
+            return self
+        lacking = {
+            "backend": self.backend != "auto",
+            "device": self.device != "auto",
+            "tpot_objective_ms": self.tpot_objective_ms is not None,
+            "dtype": self.dtype == "int8",
+        }
+        if wrong := [key for key, given in lacking.items() if given]:
+            raise ValueError(f"{wrong[0]}={getattr(self, wrong[0])} is the in-house engine's and vLLM has none of it: leave it out")
+        if self.vllm.executor == "ray" and self.stage_gpus != 1:
+            raise ValueError(f"vllm.executor=ray takes a GPU per bundle, stage_gpus is {self.stage_gpus:g}: set it to 1, or executor mp")
+        return self
+
+    @property
+    def actor_bundles(self) -> list[dict[str, float]]:
+        """What the engine's actors reserve beside the process that owns it, a bundle each."""
+        each = {"CPU": self.stage_cpus, "GPU": self.stage_gpus}
+        if self.type != "vllm":
+            return [dict(each) for _ in range(self.stages - 1)]
+        num_workers = self.stages * self.tensor_parallel
+        if self.vllm.executor == "ray":
+            return [dict(each) for _ in range(num_workers)]
+        return [{name: amount * num_workers for name, amount in each.items()}]

@@ -50,6 +50,10 @@ def create_engine(artifact: Artifact, config: EngineConfig, registry: Registry) 
     directory = base_of(artifact, registry).path if artifact.manifest.kind == "adapter" else artifact.path
     shape = AutoConfig.from_pretrained(directory)
     limit = artifact.manifest.context_length
+    if config.type == "vllm":
+        from r1ray.engine.vllm.create import create_vllm
+
+        return create_vllm(artifact, config, base=directory, shape=shape, eos_token_ids=_eos_ids(artifact, directory, shape))
     config = config.model_copy(
         update={"max_context": min(config.max_context or limit, limit), "num_threads": choose_threads(config.num_threads)}
     )

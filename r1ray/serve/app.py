@@ -74,8 +74,9 @@ def _model_options(args: ModelArgs) -> dict[str, Any]:
         "graceful_shutdown_wait_loop_s": 0.2,
         **HEALTH,
     }
-    if place.bundles or args.engine.stages > 1:
-        options["placement_group_bundles"] = bundles = args.replica_bundles
+    bundles = args.replica_bundles
+    if place.bundles or len(bundles) > 1:
+        options["placement_group_bundles"] = bundles
         options["placement_group_strategy"] = place.strategy
         if place.labels:
             options["placement_group_bundle_label_selector"] = [dict(place.labels) for _ in bundles]

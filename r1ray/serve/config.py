@@ -60,20 +60,32 @@ class ModelArgs(Config):
 
     @model_validator(mode="after")
     def _a_bundle_per_stage(self) -> Self:
-        num_bundles, stages = len(self.placement.bundles), self.engine.stages
-        if num_bundles and stages > 1 and num_bundles != stages:
-            raise ValueError(f"placement.bundles has {num_bundles} bundles for engine.stages={stages}; give one per stage, or none")
+        num_bundles, num_actors = len(self.placement.bundles), len(self.engine.actor_bundles)
+        if num_bundles and num_actors and num_bundles != 1 + num_actors:
+            raise ValueError(
+                f"placement.bundles has {num_bundles} bundles for engine.stages={self.engine.stages} of type {self.engine.type}; "
+                f"give {1 + num_actors}, the replica's own first, or none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_where_the_model_is(self) -> Self:
+        if self.engine.type == "vllm" and self.placement.num_gpus:
+            raise ValueError(
+                f"placement.num_gpus={self.placement.num_gpus:g} are the replica's own, and vLLM computes in an actor beside it; "
+                "set engine.stage_gpus and leave num_gpus 0"
+            )
         return self
 
     @property
     def replica_bundles(self) -> list[dict[str, float]]:
-        """What one replica reserves: bundle 0 is the replica itself, the others its pipeline stages'."""
+        """What one replica reserves: bundle 0 is the replica itself, the others its engine's actors'."""
         place = self.placement
         if place.bundles:
             return [dict(bundle) for bundle in place.bundles]
-        own = {"CPU": place.num_cpus, "GPU": place.num_gpus, **place.resources}
-        other = {"CPU": self.engine.stage_cpus, "GPU": self.engine.stage_gpus, **place.resources}
-        return [{name: amount for name, amount in bundle.items() if amount} for bundle in [own, *[other] * (self.engine.stages - 1)]]
+        own = {"CPU": place.num_cpus, "GPU": place.num_gpus}
+        bundles = [{**bundle, **place.resources} for bundle in [own, *self.engine.actor_bundles]]
+        return [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
 
 
 class RetrievalArgs(Config):

@@ -1,0 +1,266 @@
+"""The engine whose model runs in vLLM: admission, mailboxes and death on this side, one actor on the other.
+
+A thread of its own keeps one call to the actor outstanding; what it brings goes to the readers' mailboxes, so no event loop ever
+waits for Ray. A dead actor, or a dead vLLM inside it, ends every open stream at once and leaves the engine failed: the replica is
+rebuilt as one unit. Knows no text, no HTTP, and of vLLM only the actor's methods.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from r1ray.engine.admission import check_prompt, clipped_max_tokens
+from r1ray.engine.config import EngineConfig
+from r1ray.engine.mailbox import Mailbox, deliver
+from r1ray.engine.protocol import EngineState, EngineStats, GenerationRequest, TokenChunk, TokenLogprobs
+from r1ray.engine.vllm.arguments import sampling_arguments
+from r1ray.engine.vllm.worker import Event
+from r1ray.errors import AdapterMismatch, EngineStopped, GenerationFailed, InvalidRequest, QueueFull, UnknownAdapter
+
+__all__ = ["VllmEngine", "adapter_rank"]
+
+log = logging.getLogger(__name__)
+
+POLL_S = 1.0
+DEAF_S = 120.0  # an actor that does not answer a poll for so long hangs
+STOP_S = 30.0
+DRAIN_POLL_S = 0.02
+CAPABILITIES = {
+    "abort",
+    "chunked_prefill",
+    "continuous_batching",
+    "logit_bias",
+    "logprobs",
+    "penalties",
+    "preemption",
+    "prompt_logprobs",
+    "prefix_cache",
+    "seed",
+}
+
+
+@dataclass(slots=True)
+class _Stream:
+    request: GenerationRequest
+    mailbox: Mailbox[TokenChunk | Exception]
+    num_tokens: int = 0
+
+
+class VllmEngine:
+    """`actor` has loaded the model and `found` is what it said of it (launch.py)."""
+
+    def __init__(self, actor: Any, found: Mapping[str, Any], config: EngineConfig, *, eos_token_ids: Sequence[int] = ()) -> None:
+        self.config = config
+        self.context_length: int = found["context"]
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.precision: str = found["dtype"]
+        self.capabilities = frozenset(CAPABILITIES | ({"adapters"} if config.vllm.max_adapters else set()))
+        self._vocab_size: int = found["vocab_size"]
+        self._num_blocks: int = found["num_blocks"]
+        self._actor = actor
+        self._adapters: set[str] = set()
+        self._state: EngineState = "new"
+        self._error: str | None = None
+        self._lock = threading.Lock()
+        self._open: dict[str, _Stream] = {}
+        self._figures: Mapping[str, float] = {}
+        self._counts = {"prompt": 0, "cached": 0, "generated": 0, "finished": 0, "aborted": 0, "failed": 0}
+        self._halt = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="r1ray-vllm", daemon=True)
+
+    # --- called from event loops -------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        with self._lock:
+            if self._state != "new":
+                return
+            self._state = "running"
+        self._thread.start()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
+        stream = self._submit(request)
+        ended = False
+        try:
+            while not ended:
+                item = await stream.mailbox.get()
+                ended = isinstance(item, Exception) or item.finish_reason is not None
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            if not ended:
+                self._actor.abort.remote(request.id)
+
+    async def abort(self, request_id: str) -> None:
+        if request_id in self._open:
+            self._actor.abort.remote(request_id)
+
+    async def load_adapter(self, name: str, path: Path) -> None:
+        from ray.exceptions import RayActorError, RayTaskError
+
+        self._check_running()
+        if "adapters" not in self.capabilities:
+            raise AdapterMismatch(f"vLLM was started without adapters, so {name} cannot be loaded. Set engine.vllm.max_adapters.")
+        if (rank := adapter_rank(path)) > (most := self.config.vllm.max_adapter_rank):
+            raise AdapterMismatch(f"The adapter at {path} has rank {rank}, the limit is {most}. Raise engine.vllm.max_adapter_rank.")
+        try:
+            await self._actor.load_adapter.remote(name, str(path))
+        except RayActorError as error:
+            raise self._death() from error
+        except RayTaskError as error:
+            raise AdapterMismatch(f"vLLM refuses the adapter at {path}: {error.cause}. Was it trained on this base?") from error
+        self._adapters.add(name)
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        with self._lock:
+            if self._state in ("new", "running"):
+                self._state = "draining"
+        deadline = time.monotonic() + drain_s
+        while self._state == "draining" and self._open and time.monotonic() < deadline:
+            await asyncio.sleep(DRAIN_POLL_S)
+        self._halt.set()
+        await asyncio.to_thread(self._end)
+        if self._state != "failed":
+            self._state = "stopped"
+
+    def stats(self) -> EngineStats:
+        num_open, usage = len(self._open), self._figures.get("usage", 0.0)
+        num_running = min(num_open, int(self._figures.get("running", 0)))
+        return EngineStats(
+            state=self._state,
+            num_slots=self.config.num_slots,
+            num_free_slots=max(0, self.config.num_slots - num_open),
+            num_running=num_running,
+            num_waiting=num_open - num_running,
+            max_waiting=self.config.max_waiting,
+            num_prompt_tokens=self._counts["prompt"],
+            num_cached_tokens=self._counts["cached"],
+            num_generated_tokens=self._counts["generated"],
+            num_finished=self._counts["finished"],
+            num_aborted=self._counts["aborted"],
+            num_failed=self._counts["failed"],
+            num_preempted=int(self._figures.get("preempted", 0)),
+            num_steps=int(self._figures.get("steps", 0)),
+            num_blocks=self._num_blocks,
+            num_free_blocks=round(self._num_blocks * (1 - usage)),
+            error=self._error,
+        )
+
+    def _submit(self, request: GenerationRequest) -> _Stream:
+        check_prompt(request, context_length=self.context_length, vocab_size=self._vocab_size)
+        if request.mask is not None:
+            raise InvalidRequest(f"Request {request.id} has a mask, which vLLM cannot call in its process. Use engine type torch.")
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise UnknownAdapter(f"No adapter {request.adapter!r} is loaded; loaded: {sorted(self._adapters)}. Load it first.")
+        max_tokens = clipped_max_tokens(request, context_length=self.context_length)
+        stream = _Stream(request, Mailbox())
+        with self._lock:
+            self._check_running()
+            if request.id in self._open:
+                raise InvalidRequest(f"Request id {request.id} is running already. Give each request its own id.")
+            if len(self._open) >= self.config.num_slots + self.config.max_waiting:
+                raise QueueFull(f"{self.config.max_waiting} requests wait already, which is the limit. Retry later.")
+            self._open[request.id] = stream
+        sampling = sampling_arguments(request, max_tokens=max_tokens, eos_token_ids=self.eos_token_ids)
+        order = {name: getattr(request, name) for name in ("id", "prompt_ids", "priority", "cache_salt", "adapter")}
+        self._actor.submit.remote(order | {"sampling": sampling})
+        return stream
+
+    def _check_running(self) -> None:
+        if self._state != "running":
+            raise self._death()
+
+    def _death(self) -> EngineStopped:
+        cause = f": {self._error}" if self._error else ""
+        return EngineStopped(f"The engine is {self._state}{cause}. Start it, or send the request to another replica.")
+
+    # --- the thread that polls ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        import ray
+
+        try:
+            while not self._halt.is_set():
+                events, self._figures = ray.get(self._actor.poll.remote(POLL_S), timeout=DEAF_S)
+                deliver([self._book(event) for event in events if event[0] in self._open])
+        except Exception as error:  # whatever Ray or vLLM says here, no stream will ever go on
+            if not self._halt.is_set():
+                log.exception("vLLM is lost")
+                cause = getattr(error, "cause", None) or error
+                self._state, self._error = "failed", f"vLLM is gone ({type(error).__name__}: {cause})"
+        finally:
+            self._end_all()
+
+    def _book(self, event: Event) -> tuple[Mailbox[TokenChunk | Exception], TokenChunk | Exception]:
+        id_, tokens, reason, num_cached, logprobs, of_prompt, error = event
+        stream = self._open[id_]
+        if error is not None:
+            self._close(id_, "failed")
+            return stream.mailbox, _exception(id_, *error)
+        num_prompt = len(stream.request.prompt_ids)
+        if not stream.num_tokens and (tokens or reason == "stop"):
+            self._counts["prompt"] += num_prompt
+            self._counts["cached"] += num_cached
+        stream.num_tokens += len(tokens)
+        self._counts["generated"] += len(tokens)
+        if reason is not None:
+            self._close(id_, "aborted" if reason == "abort" else "finished")
+        chunk = TokenChunk(
+            request_id=id_,
+            token_ids=tokens,
+            finish_reason=reason,  # type: ignore[arg-type]  # the worker lets no other pass
+            num_prompt_tokens=num_prompt,
+            num_cached_tokens=num_cached,
+            logprobs=tuple(TokenLogprobs(token=token, logprob=value, top=top) for token, value, top in logprobs or ()),
+            prompt_logprobs=tuple(of_prompt or ()),
+        )
+        return stream.mailbox, chunk
+
+    def _close(self, id_: str, counter: str) -> None:
+        with self._lock:
+            self._open.pop(id_, None)
+        self._counts[counter] += 1
+
+    def _end_all(self) -> None:
+        """Nobody waits for ever: every open stream hears that it is over."""
+        with self._lock:
+            if self._state != "failed":
+                self._state = "stopped"
+            streams, self._open = list(self._open.values()), {}
+        deliver([(stream.mailbox, self._death()) for stream in streams])
+
+    def _end(self) -> None:
+        """Let vLLM end its processes, then the actor; a thread that polls it hears of it."""
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            ray.get(self._actor.stop.remote(), timeout=STOP_S)
+        except RayError as error:
+            log.info("vLLM is gone already: %s", type(error).__name__)
+        ray.kill(self._actor)
+        if self._thread.is_alive():
+            self._thread.join(STOP_S)
+
+
+def _exception(id_: str, kind: str, text: str) -> Exception:
+    if kind == "invalid":
+        return InvalidRequest(f"vLLM refuses request {id_}: {text}. Correct the request.")
+    return GenerationFailed(f"vLLM failed request {id_}: {text}. The other requests run on.")
+
+
+def adapter_rank(path: Path) -> int:
+    """Raises AdapterMismatch when vLLM could not use the adapter: it is more than plain LoRA."""
+    from r1ray.model.checkpoint import read_json
+    from r1ray.model.lora import why_not_plain
+
+    if why := why_not_plain(path):
+        raise AdapterMismatch(f"vLLM cannot use the adapter at {path}: {why}. Merge it into its base first.")
+    return int(read_json(path / "adapter_config.json")["r"])

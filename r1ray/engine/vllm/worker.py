@@ -1,0 +1,190 @@
+"""The actor that holds vLLM. It runs in vLLM's environment, where r1ray is not installed: Ray carries this module's source there.
+
+So it imports the standard library, and vLLM inside its methods; plain dictionaries and tuples cross the border. The results of all
+requests leave together: one outstanding `poll` of the engine brings whatever came since the last one, so that a step costs one call,
+however many streams run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import Any
+
+__all__ = ["Event", "VllmWorker", "cpu_lists"]
+
+log = logging.getLogger(__name__)
+
+Event = tuple[str, tuple[int, ...], str | None, int, list[Any] | None, list[float] | None, tuple[str, str] | None]
+"""(request, tokens, finish_reason, cached prompt tokens, logprobs, prompt logprobs, error): a chunk, or (kind, text) of an error."""
+
+
+def cpu_lists(num_workers: int, num_threads: int | None, cpus: list[int]) -> str:
+    """vLLM's VLLM_CPU_OMP_THREADS_BIND: each worker's CPUs, as equal shares of those that this process may use."""
+    each = min(num_threads or len(cpus), len(cpus) // num_workers)
+    if not each:
+        return "nobind"
+    return "|".join(",".join(str(cpu) for cpu in cpus[rank * each : (rank + 1) * each]) for rank in range(num_workers))
+
+
+class VllmWorker:
+    """One AsyncLLM. `start` loads; the other calls may run beside each other."""
+
+    def __init__(self) -> None:
+        self._engine: Any = None
+        self._adapters: dict[str | None, Any] = {}
+        self._num_adapters = 0
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._events: list[Event] = []
+        self._news = asyncio.Event()
+        self._figures: dict[str, float] = {}
+
+    async def start(self, model: str, arguments: dict[str, Any], adapter: str | None, num_threads: int | None) -> dict[str, Any]:
+        """Load the model; what it turned out to be."""
+        num_workers = arguments["tensor_parallel_size"] * arguments["pipeline_parallel_size"]
+        cpus = sorted(os.sched_getaffinity(0))
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cpu_lists(num_workers, num_threads, cpus))
+        try:
+            self._engine = _load(model, arguments, self._figures)
+            if adapter is not None:
+                await self.load_adapter(None, adapter)
+        except Exception as error:
+            log.exception("vLLM did not start")
+            raise RuntimeError(f"{type(error).__name__}: {error}") from None  # vLLM's own classes exist on this side only
+        config = self._engine.vllm_config
+        return {
+            "vocab_size": config.model_config.get_vocab_size(),
+            "context": config.model_config.max_model_len,
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "num_blocks": config.cache_config.num_gpu_blocks or 0,
+            "pid": os.getpid(),
+        }
+
+    async def submit(self, request: dict[str, Any]) -> None:
+        """Begin to generate; chunks come by `poll`."""
+        self._tasks[request["id"]] = asyncio.create_task(self._generate(request))
+
+    async def abort(self, request_id: str) -> None:
+        if task := self._tasks.get(request_id):
+            task.cancel()
+
+    async def poll(self, seconds: float) -> tuple[list[Event], dict[str, float]]:
+        """(events since the last poll, the scheduler's figures); waits for the first event, at most `seconds`.
+
+        Raises:
+            RuntimeError: vLLM's engine process is dead.
+        """
+        if not self._events:
+            try:
+                await asyncio.wait_for(self._news.wait(), seconds)
+            except TimeoutError:
+                await self._check()
+        self._news.clear()
+        events, self._events = self._events, []
+        if self._engine.errored:
+            await self._check()
+        return events, self._figures
+
+    async def load_adapter(self, name: str | None, path: str) -> None:
+        """None is the adapter of requests that name none."""
+        from vllm.lora.request import LoRARequest
+
+        self._num_adapters += 1
+        number = self._num_adapters  # in the name too: vLLM's prefix cache tells adapters apart by it
+        loaded = LoRARequest(f"{name or 'own'}#{number}", number, path)
+        try:
+            await self._engine.add_lora(loaded)
+        except Exception as error:
+            log.exception("vLLM did not load the adapter at %s", path)
+            raise RuntimeError(f"{type(error).__name__}: {error}") from None
+        old, self._adapters[name] = self._adapters.get(name), loaded
+        if old is not None:
+            await self._engine.remove_lora(old.lora_int_id)
+
+    async def stop(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown(timeout=1.0)
+
+    async def _check(self) -> None:
+        try:
+            await self._engine.check_health()
+        except Exception as error:
+            raise RuntimeError(f"vLLM's engine process is dead ({type(error).__name__})") from None
+
+    async def _generate(self, request: dict[str, Any]) -> None:
+        from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        id_, num_cached = request["id"], 0
+        try:
+            params = SamplingParams(**request["sampling"], detokenize=False, output_kind=RequestOutputKind.DELTA)
+            prompt = tokens_input(list(request["prompt_ids"]), cache_salt=request["cache_salt"] or None)
+            adapter = self._adapters.get(request["adapter"])
+            async for output in self._engine.generate(prompt, params, id_, lora_request=adapter, priority=request["priority"]):
+                num_cached = output.num_cached_tokens or num_cached
+                self._post(_event(id_, output, num_cached, params.logprobs))
+        except asyncio.CancelledError:
+            self._post((id_, (), "abort", num_cached, None, None, None))
+        except EngineDeadError:
+            self._news.set()  # poll says so for all requests
+        except (ValueError, VLLMClientError) as error:
+            self._post((id_, (), None, 0, None, None, ("invalid", str(error))))
+        except Exception as error:  # of this request alone: the others run on
+            log.exception("request %s failed", id_)
+            cause = error.__cause__ or error
+            self._post((id_, (), None, 0, None, None, ("failed", f"{type(cause).__name__}: {cause}")))
+        finally:
+            del self._tasks[id_]
+
+    def _post(self, event: Event) -> None:
+        self._events.append(event)
+        self._news.set()
+
+
+def _load(model: str, arguments: dict[str, Any], figures: dict[str, float]) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class Figures(StatLoggerBase):  # type: ignore[misc]
+        """Keeps the scheduler's last figures where `poll` finds them."""
+
+        def __init__(self, *_args: Any, **_more: Any) -> None:
+            figures.update(running=0, usage=0.0, preempted=0, steps=0)
+
+        def record(self, scheduler_stats: Any, iteration_stats: Any, *_args: Any, **_more: Any) -> None:
+            if scheduler_stats is not None:
+                figures["running"] = scheduler_stats.num_running_reqs
+                figures["usage"] = scheduler_stats.kv_cache_usage
+                figures["steps"] += 1
+            if iteration_stats is not None:
+                figures["preempted"] += iteration_stats.num_preempted_reqs
+
+        def log_engine_initialized(self) -> None: ...
+
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **arguments), stat_loggers=[Figures])
+
+
+def _event(id_: str, output: Any, num_cached: int, num_logprobs: int | None) -> Event:
+    drawn = output.outputs[0]
+    tokens, logprobs = list(drawn.token_ids), drawn.logprobs
+    if drawn.finish_reason == "stop":
+        tokens = tokens[:-1]  # the token that ended the answer
+    if drawn.finish_reason not in (None, "stop", "length", "abort"):
+        return (id_, (), None, num_cached, None, None, ("failed", f"vLLM ended it with {drawn.finish_reason}"))
+    found, of_prompt = None, None
+    if num_logprobs is not None and logprobs:
+        found = [_logprobs(token, of_token, num_logprobs) for token, of_token in zip(tokens, logprobs, strict=False)]
+    if output.prompt_logprobs:
+        pairs = list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True))
+        of_prompt = [of_token[token].logprob for token, of_token in pairs[1:]]
+    return (id_, tuple(tokens), drawn.finish_reason, num_cached, found, of_prompt, None)
+
+
+def _logprobs(token: int, of_token: Any, num: int) -> tuple[int, float, tuple[tuple[int, float], ...]]:
+    ranked = sorted(((other, found.logprob) for other, found in of_token.items()), key=lambda pair: -pair[1])
+    return token, of_token[token].logprob, tuple(ranked[:num])
