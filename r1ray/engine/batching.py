@@ -50,6 +50,7 @@ class BatchingEngine:
             "adapters",
             "chunked_prefill",
             "continuous_batching",
+            "keep_stop",
             "logit_bias",
             "logprobs",
             "masks",
@@ -90,6 +91,11 @@ class BatchingEngine:
         self._post: Post = []
         self._under_way: deque[tuple[list[Segment], object]] = deque()
         self._counts = {"prompt": 0, "cached": 0, "generated": 0, "finished": 0, "aborted": 0, "failed": 0, "steps": 0}
+
+    @property
+    def backend(self) -> Backend:
+        """For measurements before the start; afterwards it is the engine's thread's alone."""
+        return self._backend
 
     # --- called from event loops -------------------------------------------------------------------------------------------------
 
@@ -276,7 +282,8 @@ class BatchingEngine:
         stream.generated.append(drawn.token)
         self._counts["generated"] += 1
         reason = stream.finish_reason
-        chunk = _chunk(stream, reason) if reason == "stop" else _chunk(stream, reason, drawn)
+        hidden = reason == "stop" and not stream.request.keep_stop
+        chunk = _chunk(stream, reason) if hidden else _chunk(stream, reason, drawn)
         if reason is None:
             self._post.append((stream.mailbox, chunk))
         else:

@@ -18,7 +18,10 @@ __all__ = ["Completion", "generate_all"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """A finished request. `ttft_s` and `seconds` count from when the engine had it, time in its queue included."""
+    """A finished request. `ttft_s` and `seconds` count from when the engine had it, time in its queue included.
+
+    `logprobs` has an entry per token where the request asked for them.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -26,6 +29,7 @@ class Completion:
     ttft_s: float
     seconds: float
     prompt_logprobs: tuple[float, ...] = ()
+    logprobs: tuple[float, ...] = ()
 
 
 def generate_all(
@@ -66,11 +70,13 @@ async def _one(engine: Engine, request: GenerationRequest) -> Completion:
     ttft_s: float | None = None
     tokens: list[int] = []
     of_prompt: tuple[float, ...] = ()
+    of_tokens: list[float] = []
     finish: FinishReason = "abort"
     async with aclosing(engine.generate(request)) as chunks:
         async for chunk in chunks:
             ttft_s = time.perf_counter() - begin if ttft_s is None else ttft_s
             tokens.extend(chunk.token_ids)
+            of_tokens.extend(entry.logprob for entry in chunk.logprobs)
             finish = chunk.finish_reason or finish
             of_prompt = of_prompt or chunk.prompt_logprobs
     seconds = time.perf_counter() - begin
@@ -81,4 +87,5 @@ async def _one(engine: Engine, request: GenerationRequest) -> Completion:
         ttft_s=seconds if ttft_s is None else ttft_s,
         seconds=seconds,
         prompt_logprobs=of_prompt,
+        logprobs=tuple(of_tokens),
     )

@@ -29,7 +29,8 @@ class GenerationRequest:
     """One generation. `sampling.stop` (texts) is not the engine's: it sees token ids only, so the caller watches for them and aborts.
 
     `stop_token_ids` end the answer in addition to the model's own end-of-text ids; `ignore_eos` disregards both. `min_tokens` keeps
-    both from being drawn before that many tokens. A lower `priority` starts sooner; equal ones start in order of arrival.
+    both from being drawn before that many tokens. `keep_stop` gives the stop token that was drawn as the answer's last, for those who
+    train on it (capability `keep_stop`). A lower `priority` starts sooner; equal ones start in order of arrival.
     `logit_bias` is added to the logits of its token ids. `num_logprobs` asks for those of each token and of so many likeliest ones.
     `prompt_logprobs` asks for that of each prompt token but the first; such a prompt is computed whole, cached or not.
     Only requests with the same `cache_salt` (a tenant's, say) share computed prefixes.
@@ -43,6 +44,7 @@ class GenerationRequest:
     priority: int = 0
     ignore_eos: bool = False
     min_tokens: int = 0
+    keep_stop: bool = False
     logit_bias: tuple[tuple[int, float], ...] = ()
     num_logprobs: int | None = None
     prompt_logprobs: bool = False
@@ -67,7 +69,7 @@ class TokenChunk:
     """Tokens drawn since the last chunk. The last chunk of a stream, and no other, has a finish_reason; its token_ids may be empty.
 
     `prompt_logprobs` come with the first tokens: entry i is that of prompt token i + 1 after those before it.
-    The token that ended an answer (`stop`) is not among the ids, so that they decode to the answer and nothing else.
+    The token that ended an answer (`stop`) is not among the ids, so that they decode to the answer and nothing else; see `keep_stop`.
     """
 
     request_id: str

@@ -293,6 +293,20 @@ def test_a_request_has_stop_tokens_of_its_own(tiny_llama, reference):
     assert [t for c in asyncio.run(scenario()) for t in c.token_ids] == answer[: answer.index(answer[2])]
 
 
+def test_the_stop_token_comes_with_its_logprob_to_those_who_keep_it(tiny_llama, reference):
+    answer = reference(tiny_llama, (5, 6, 7), 12)
+    first = answer.index(answer[3])
+
+    async def scenario():
+        async with running(lively(tiny_llama), eos=(answer[3],)) as engine:
+            return await collect(engine, wanted("a", (5, 6, 7), ignore_eos=False, keep_stop=True, num_logprobs=0))
+
+    chunks = asyncio.run(scenario())
+    assert [t for c in chunks for t in c.token_ids] == answer[: first + 1]
+    assert [entry.token for c in chunks for entry in c.logprobs] == answer[: first + 1]
+    assert chunks[-1].finish_reason == "stop"
+
+
 @BACKENDS
 def test_a_seed_gives_the_same_tokens_alone_and_in_company(tiny_qwen2, backend):
     settings = {"seed": 7, "top_p": 0.9, "top_k": 50, "frequency_penalty": 0.5, "repetition_penalty": 1.1}
