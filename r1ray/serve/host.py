@@ -125,9 +125,8 @@ class ModelHost:
         """Raises EngineStopped when the engine is dead, so that the replica is replaced."""
         stats = self._loaded().engine.stats()
         if stats.state in ("failed", "stopped"):
-            raise EngineStopped(
-                f"The engine of {self.args.id} is {stats.state}: {stats.error or 'no reason given'}. The replica is replaced."
-            )
+            why = (stats.error or "no reason given").rstrip(".")
+            raise EngineStopped(f"The engine of {self.args.id} is {stats.state}: {why}. The replica is replaced.")
 
     async def stop(self) -> None:
         """End the engine and every drain."""
