@@ -46,8 +46,10 @@ def create_engine(artifact: Artifact, config: EngineConfig, registry: Registry) 
     from transformers import AutoConfig
 
     from r1ray.model.load import base_of
+    from r1ray.model.soft import soft_kind
 
-    directory = base_of(artifact, registry).path if artifact.manifest.kind == "adapter" else artifact.path
+    is_adapter = artifact.manifest.kind == "adapter"
+    directory = base_of(artifact, registry).path if is_adapter else artifact.path
     shape = AutoConfig.from_pretrained(directory)
     limit = artifact.manifest.context_length
     if config.type == "vllm":
@@ -59,8 +61,25 @@ def create_engine(artifact: Artifact, config: EngineConfig, registry: Registry) 
     )
     from r1ray.engine.batching import BatchingEngine
 
-    backend = _backend(artifact, config, registry, shape)
+    if is_adapter and soft_kind(artifact.path):
+        backend, limit = _soft_prompted(artifact, config, registry, shape)
+    else:
+        backend = _backend(artifact, config, registry, shape)
     return BatchingEngine(backend, config, context_length=limit, eos_token_ids=_eos_ids(artifact, directory, shape))
+
+
+def _soft_prompted(artifact: Artifact, config: EngineConfig, registry: Registry, shape: PretrainedConfig) -> tuple[Backend, int]:
+    """The base behind the artifact's soft prompt, and the context that is left."""
+    from r1ray.engine.soft import SoftPrompted, check_soft_prompt
+    from r1ray.model.load import base_of
+    from r1ray.model.soft import read_soft_prompt
+
+    if config.stages > 1:
+        raise UnsupportedModel(f"{artifact.ref} is a soft prompt, which a pipeline's stages do not take. Set engine.stages=1.")
+    soft = read_soft_prompt(artifact.path)
+    check_soft_prompt(soft, shape.get_text_config().hidden_size)
+    assert config.max_context is not None, "create_engine has filled it in"
+    return SoftPrompted(_backend(base_of(artifact, registry), config, registry, shape), soft), config.max_context - soft.num_tokens
 
 
 def _backend(artifact: Artifact, config: EngineConfig, registry: Registry, shape: PretrainedConfig) -> Backend:

@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 from r1ray.engine.adapters import Adapters
 from r1ray.engine.backend import BLOCK_SIZE, Immediate, Piece
 from r1ray.errors import UnsupportedModel
+from r1ray.model.soft import SoftPrompt
 
 __all__ = ["ATTENTION", "TransformersBackend", "kv_bytes_per_token"]
 
@@ -60,6 +61,22 @@ class TransformersBackend(Immediate):
             logits |= {number: list(itertools.islice(rows, piece.num_logits)) for number, piece in chosen}
         ordered = [row for number in sorted(logits) for row in logits[number]]
         return torch.stack(ordered) if ordered else torch.empty(0, self.vocab_size)
+
+    def put(self, piece: Piece, soft: SoftPrompt) -> None:
+        """Write a prefix's keys and values where the piece's would go.
+
+        Raises:
+            UnsupportedModel: the model caches latents (DeepSeek's MLA), not keys and values.
+        """
+        config = self._model.config.get_text_config()
+        if self._cache.latent:
+            raise UnsupportedModel(
+                f"{type(self._model).__name__} caches latents: prefix tuning has no place there. Use prompt tuning or LoRA."
+            )
+        self._cache.begin(Layout([piece], self._model.device))
+        pairs = soft.keys_and_values(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        for layer, (key, value) in enumerate(pairs.to(self._model.device, self._model.dtype)):
+            self._cache.update(key[None], value[None], layer)
 
     def load_adapter(self, name: str, path: Path) -> None:
         self._adapters.load(name, path)

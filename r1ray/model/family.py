@@ -26,6 +26,11 @@ class Family:
     lora_targets: tuple[str, ...] | Literal["all-linear"]
     has_experts: bool = False
 
+    @property
+    def expert_parameters(self) -> tuple[str, ...]:
+        """The routed experts' matrices, one per layer for all experts together, as transformers names them."""
+        return ("mlp.experts.gate_up_proj", "mlp.experts.down_proj") if self.has_experts else ()
+
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config.json's content.

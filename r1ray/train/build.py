@@ -5,38 +5,81 @@ Knows no data, no optimizer and no Ray.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from r1ray.errors import UnsupportedModel
 from r1ray.train.order import WorkOrder
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from transformers import PreTrainedModel
 
 __all__ = ["trained_model"]
 
 
 def trained_model(order: WorkOrder) -> PreTrainedModel:
-    """In training mode on the CPU (transformers moves it); an adapter is initialised alike on all ranks, by the seed."""
+    """In training mode on the CPU (transformers moves it); an adapter is initialised alike on all ranks, by the seed.
+
+    Raises:
+        UnsupportedModel: `lora.experts` for a model that has none.
+    """
     from transformers import set_seed
 
-    from r1ray.model.adapters import lora
-    from r1ray.model.checkpoint import read_json
-    from r1ray.model.family import family_of
     from r1ray.model.load import load_model
     from r1ray.registry import Registry
 
-    config = order.config
     model = load_model(order.base, registry=Registry(order.settings), dtype=order.dtype, device="cpu")  # type: ignore[arg-type]
     model.set_attn_implementation(order.attention)
     model.config.use_cache = False
     model.train()
-    if config.method == "full":
+    if order.config.method == "full":
         return model
     from peft import get_peft_model
 
-    set_seed(config.seed)
-    shape = config.lora
-    family = family_of(read_json(order.base.path / "config.json"))
-    settings = lora(family, rank=shape.rank, alpha=shape.alpha, dropout=shape.dropout, targets=shape.targets, use_dora=shape.dora)
+    set_seed(order.config.seed)
     # DeepSpeed keeps the float32 master copy; two dtypes in one model would break ZeRO-3's gathering
-    return get_peft_model(model, settings, autocast_adapter_dtype=False)
+    adapted: PreTrainedModel = get_peft_model(model, _settings(order), autocast_adapter_dtype=False)
+    if order.config.method == "prefix" and order.config.prompt.init_text is not None:
+        _begin_prefix(adapted, order, order.config.prompt.init_text)
+    return adapted
+
+
+def _settings(order: WorkOrder) -> PeftConfig:
+    from r1ray.model.adapters import lora, prefix_tuning, prompt_tuning
+    from r1ray.model.checkpoint import read_json
+    from r1ray.model.family import family_of
+
+    config = order.config
+    if config.method == "prompt":
+        return prompt_tuning(config.prompt.num_virtual_tokens, config.prompt.init_text, order.base.path)
+    if config.method == "prefix":
+        return prefix_tuning(config.prompt.num_virtual_tokens)
+    shape, family = config.lora, family_of(read_json(order.base.path / "config.json"))
+    if shape.experts and not family.has_experts:
+        raise UnsupportedModel(f"train.lora.experts=true, but {order.base.ref} ({family.name}) has no experts. Set it to false.")
+    return lora(
+        family,
+        rank=shape.rank,
+        alpha=shape.alpha,
+        dropout=shape.dropout,
+        targets=shape.targets,
+        experts=shape.experts,
+        use_dora=shape.dora,
+        use_rslora=shape.rslora,
+    )
+
+
+def _begin_prefix(model: Any, order: WorkOrder, text: str) -> None:
+    """Keys and values of `text`, over and over, as the base computes them: random ones would take most of the training to mean anything."""
+    import torch
+    from peft import initialize_kv_prefix_from_past_key_values
+
+    from r1ray.model.load import load_tokenizer
+
+    wanted = order.config.prompt.num_virtual_tokens
+    ids = load_tokenizer(order.base)(text)["input_ids"]
+    repeated = (ids * -(-wanted // len(ids)))[:wanted]
+    with torch.no_grad(), model.disable_adapter():
+        computed = model.get_base_model()(input_ids=torch.tensor([repeated]), use_cache=True).past_key_values
+    pairs = [(layer.keys, layer.values) for layer in computed.layers]
+    initialize_kv_prefix_from_past_key_values(model, past_key_values=pairs)

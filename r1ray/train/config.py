@@ -11,8 +11,9 @@ from pydantic import Field, model_validator
 
 from r1ray.config import Config
 from r1ray.data.config import DataConfig
+from r1ray.train.parallel.layout import check_combination
 
-__all__ = ["FinetuneConfig", "LoraSettings", "TrainConfig"]
+__all__ = ["FinetuneConfig", "LoraSettings", "Parallelism", "PromptSettings", "TrainConfig"]
 
 
 class LoraSettings(Config):
@@ -22,7 +23,41 @@ class LoraSettings(Config):
     alpha: float = Field(default=32, gt=0, description="The update is scaled by alpha / rank.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped in training.")
     targets: tuple[str, ...] | None = Field(default=None, min_length=1, description="Linear layers to adapt; null: the family's own.")
+    experts: bool = Field(default=False, description="Adapt a mixture's routed experts too; by default attention only (R1, V3).")
     dora: bool = Field(default=False, description="Train the weights' magnitude apart from their direction (arXiv 2402.09353).")
+    rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank), which keeps high ranks learning (arXiv 2312.03732).")
+
+    @model_validator(mode="after")
+    def _experts_are_plain(self) -> LoraSettings:
+        if self.experts and (self.dora or self.dropout):
+            raise ValueError("lora.experts adapts fused matrices, which know no dora and no dropout; set lora.dora=false lora.dropout=0")
+        return self
+
+
+class PromptSettings(Config):
+    """What stands before every prompt; used when `method` is prompt (its embeddings) or prefix (its keys and values)."""
+
+    num_virtual_tokens: int = Field(
+        default=32, ge=32, le=1024, multiple_of=32, description="Trained positions; whole blocks of the engine's cache, which share them."
+    )
+    init_text: str | None = Field(
+        default="You are a helpful assistant who answers the customer's question exactly.",
+        min_length=1,
+        description="What they mean before training, repeated to fill them; null begins with random words (prompt) or numbers (prefix).",
+    )
+
+
+class Parallelism(Config):
+    """How many workers share one copy of the model; num_workers / that many compute different dialogues. For what does not fit otherwise."""
+
+    tensor: int = Field(default=1, ge=1, description="Workers that share every matrix by columns or rows (DeepSpeed AutoTP).")
+    pipeline: int = Field(default=1, ge=1, description="Stages of consecutive layers, one per worker (DeepSpeed PipelineModule).")
+    sequence: int = Field(default=1, ge=1, description="Workers that share every dialogue by positions (DeepSpeed-Ulysses).")
+
+    @property
+    def split(self) -> int:
+        """Workers per copy."""
+        return self.tensor * self.pipeline * self.sequence
 
 
 class TrainConfig(Config):
@@ -36,10 +71,16 @@ class TrainConfig(Config):
     )
 
     objective: Literal["sft"] = Field(default="sft", description="What is minimised: sft, the next token of the assistant's turns.")
-    method: Literal["lora", "full"] = Field(default="lora", description="Train a LoRA adapter or all weights.")
-    lora: LoraSettings = Field(default_factory=LoraSettings, description="The adapter's shape.")
+    method: Literal["lora", "full", "prompt", "prefix"] = Field(
+        default="lora", description="What is trained: a LoRA adapter, all weights, a soft prompt, or its keys and values in every layer."
+    )
+    lora: LoraSettings = Field(default_factory=LoraSettings, description="The adapter's shape, for lora.")
+    prompt: PromptSettings = Field(default_factory=PromptSettings, description="The soft prompt, for prompt and prefix.")
     zero_stage: Literal[0, 1, 2, 3] = Field(
         default=2, description="DeepSpeed ZeRO stage: 1 splits optimizer states over the workers, 2 gradients too, 3 weights too."
+    )
+    parallelism: Parallelism = Field(
+        default_factory=Parallelism, description="Split the model itself, for what ZeRO alone cannot fit; one degree above 1."
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto", description="Weights and arithmetic; master weights stay float32. auto: bfloat16 where the hardware multiplies it."
@@ -88,10 +129,14 @@ class TrainConfig(Config):
             raise ValueError(
                 "zero_stage 0 with dtype bfloat16 keeps no float32 master weights and learns worse; set zero_stage=1 or dtype=float32"
             )
-        if self.batch_size < self.num_workers:
-            raise ValueError(
-                f"batch_size {self.batch_size} leaves some of the {self.num_workers} workers idle; set batch_size to at least that"
-            )
+        if self.method == "prefix" and self.zero_stage == 3:
+            raise ValueError("method prefix begins with keys computed by the whole base, which zero_stage 3 splits; set zero_stage=2")
+        if self.packing and self.method in ("prompt", "prefix"):
+            raise ValueError(f"packing lays dialogues end to end, and method {self.method} goes before each of them; set packing=false")
+        check_combination(self)
+        num_groups = self.num_workers // self.parallelism.split
+        if self.batch_size < num_groups:
+            raise ValueError(f"batch_size {self.batch_size} leaves some of the {num_groups} workers idle; set batch_size to at least that")
         return self
 
 

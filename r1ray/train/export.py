@@ -45,7 +45,7 @@ def export(result: Result, registry: Registry) -> Artifact:
         TrainingError: a tensor is missing, not finite, or a LoRA update that never moved from zero.
     """
     config, base = result.config, result.base
-    is_adapter = config.train.method == "lora"
+    is_adapter = config.train.method != "full"
     with registry.staging(config.name) as staged:
         _copy_companions(base.path, staged, with_config=not is_adapter)
         weights = _take_adapter(result, staged) if is_adapter else _take_full(result, staged)
@@ -100,6 +100,8 @@ def _take_adapter(result: Result, staged: Path) -> list[Path]:
     for name in _ADAPTER:
         shutil.copyfile(result.checkpoint / name, staged / name)
     settings = {**read_json(staged / _ADAPTER[1]), "base_model_name_or_path": result.base.ref}
+    if "tokenizer_name_or_path" in settings:  # of a soft prompt that began as a text
+        settings["tokenizer_name_or_path"] = result.base.ref
     (staged / _ADAPTER[1]).write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
     return [staged / _ADAPTER[0]]
 

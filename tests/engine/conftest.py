@@ -114,8 +114,10 @@ def wanted(
     return GenerationRequest(id=id, prompt_ids=prompt, sampling=Sampling(**settings), **rest)
 
 
-def engine_of(model: Any, *, eos: tuple[int, ...] = (), num_blocks: int = 64, dtype: str = "float32", **settings: Any) -> Any:
-    """An engine over `model`, on the backend that the settings name; transformers' modules by default."""
+def engine_of(
+    model: Any, *, eos: tuple[int, ...] = (), num_blocks: int = 64, dtype: str = "float32", soft: Any = None, **settings: Any
+) -> Any:
+    """An engine over `model`, on the backend that the settings name; transformers' modules by default. `soft`: before every stream."""
     from r1ray.engine.batching import BatchingEngine
     from r1ray.engine.native.model import NativeModel, NativeOptions
     from r1ray.engine.paged import TransformersBackend
@@ -128,6 +130,10 @@ def engine_of(model: Any, *, eos: tuple[int, ...] = (), num_blocks: int = 64, dt
         backend: Any = NativeModel(model.config, model.state_dict().get, options)
     else:
         backend = TransformersBackend(model, num_blocks=num_blocks)
+    if soft is not None:
+        from r1ray.engine.soft import SoftPrompted
+
+        backend, context = SoftPrompted(backend, soft), context - soft.num_tokens
     return BatchingEngine(backend, config, context_length=context, eos_token_ids=eos)
 
 

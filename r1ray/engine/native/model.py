@@ -20,8 +20,10 @@ from torch import Tensor
 from r1ray.engine.backend import BLOCK_SIZE, Immediate, Piece
 from r1ray.engine.native import build, structs
 from r1ray.engine.native.lora import LoraTable, read_adapter
+from r1ray.engine.native.prefix import write_blocks
 from r1ray.engine.native.weights import KINDS, PANEL, Packed, Precision, interleave, pack
 from r1ray.model.checkpoint import Tensors
+from r1ray.model.soft import SoftPrompt
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -126,6 +128,12 @@ class NativeModel(Immediate):
         """One stage of a pipeline: (tokens, hidden) floats in (None at the first), the same out, or logits at the last."""
         after, logits = self._run(pieces, hidden, keep=True)
         return logits if self.last == self.shape.num_layers else after
+
+    def put(self, piece: Piece, soft: SoftPrompt) -> None:
+        """Write a prefix's keys and values where the piece's would go."""
+        pairs = soft.keys_and_values(self.shape.num_layers, self.shape.kv_heads)[self.first : self.last]
+        for keys, values, (key_KPD, value_KPD) in zip(self._keys, self._values, pairs, strict=True):
+            write_blocks(keys, values, piece.table, key_KPD, value_KPD)
 
     def load_adapter(self, name: str, path: Path) -> None:
         self._loras.put(name, read_adapter(path, self.shape, range(self.first, self.last)))
