@@ -39,8 +39,9 @@ class VllmConfig(Config):
 class EngineConfig(Config):
     """How one replica generates. The same settings serve chat, evaluation and sampling sweeps."""
 
-    type: Literal["torch", "vllm", "fake"] = Field(
-        default="torch", description="torch: the in-house engine; vllm: vLLM, for GPUs; fake: echoes the prompt's ids."
+    type: Literal["torch", "onnx", "vllm", "fake"] = Field(
+        default="torch",
+        description="torch: the in-house engine; onnx: an export on ONNX Runtime; vllm: vLLM, for GPUs; fake: echoes the prompt's ids.",
     )
     backend: Literal["auto", "native", "transformers"] = Field(
         default="auto",
@@ -103,6 +104,13 @@ class EngineConfig(Config):
             raise ValueError(f"{wrong[0]}={getattr(self, wrong[0])} is the in-house engine's and vLLM has none of it: leave it out")
         if self.vllm.executor == "ray" and self.stage_gpus != 1:
             raise ValueError(f"vllm.executor=ray takes a GPU per bundle, stage_gpus is {self.stage_gpus:g}: set it to 1, or executor mp")
+        return self
+
+    @model_validator(mode="after")
+    def _what_onnx_lacks(self) -> Self:
+        lacking = {"backend": self.backend != "auto", "dtype": self.dtype != "auto", "stages": self.stages > 1}
+        if self.type == "onnx" and (wrong := [key for key, given in lacking.items() if given]):
+            raise ValueError(f"{wrong[0]}={getattr(self, wrong[0])} does not go with type onnx, whose export settled it: leave it out")
         return self
 
     @property

@@ -41,8 +41,7 @@ def create_engine(artifact: Artifact, config: EngineConfig, registry: Registry) 
         from r1ray.engine.fake import FakeEngine
 
         return FakeEngine(config, context_length=artifact.manifest.context_length)
-    if artifact.manifest.kind == "onnx":
-        raise UnsupportedModel(f"{artifact.ref} is an ONNX export; the torch engine runs weights. Take one of its parents.")
+    _check_kind(artifact, config)
     from transformers import AutoConfig
 
     from r1ray.model.load import base_of
@@ -63,6 +62,8 @@ def create_engine(artifact: Artifact, config: EngineConfig, registry: Registry) 
 
     if is_adapter and soft_kind(artifact.path):
         backend, limit = _soft_prompted(artifact, config, registry, shape)
+    elif config.type == "onnx":
+        backend = _onnx(artifact, config, shape)
     else:
         backend = _backend(artifact, config, registry, shape)
     return BatchingEngine(backend, config, context_length=limit, eos_token_ids=_eos_ids(artifact, directory, shape))
@@ -80,6 +81,39 @@ def _soft_prompted(artifact: Artifact, config: EngineConfig, registry: Registry,
     check_soft_prompt(soft, shape.get_text_config().hidden_size)
     assert config.max_context is not None, "create_engine has filled it in"
     return SoftPrompted(_backend(base_of(artifact, registry), config, registry, shape), soft), config.max_context - soft.num_tokens
+
+
+def _check_kind(artifact: Artifact, config: EngineConfig) -> None:
+    kind = artifact.manifest.kind
+    if config.type == "onnx" and kind != "onnx":
+        raise UnsupportedModel(
+            f"{artifact.ref} is of kind {kind}; engine.type=onnx runs exports. Run jobs/export_onnx.py on it, or set engine.type=torch."
+        )
+    if config.type != "onnx" and kind == "onnx":
+        raise UnsupportedModel(f"{artifact.ref} is an ONNX export; engine.type={config.type} runs weights. Set engine.type=onnx.")
+
+
+def _onnx(artifact: Artifact, config: EngineConfig, shape: PretrainedConfig) -> Backend:
+    import torch
+
+    from r1ray.engine.onnx import OnnxBackend, OnnxOptions
+    from r1ray.engine.paged import kv_bytes_per_token
+
+    assert config.max_context is not None and config.num_threads is not None, "create_engine has filled them in"
+    exported = artifact.manifest.config
+    device = str(exported.get("device", "cpu")) if config.device == "auto" else config.device
+    precision = str(exported.get("precision", "unknown"))
+    held = torch.float32 if device == "cpu" else torch.float16
+    options = OnnxOptions(
+        precision=precision,
+        num_blocks=num_kv_blocks(config, 2 * kv_bytes_per_token(shape, held), torch.device(device).type),  # blocks and rows
+        num_rows=config.num_slots,
+        context=config.max_context,
+        num_threads=config.num_threads,
+        device=device,
+    )
+    log.info("engine backend: ONNX Runtime on %s, %s", device, precision)
+    return OnnxBackend(artifact.path, options)
 
 
 def _backend(artifact: Artifact, config: EngineConfig, registry: Registry, shape: PretrainedConfig) -> Backend:
