@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from r1ray.config import Config
 from r1ray.data.config import DataConfig
+from r1ray.train.blocks import DistillSettings, GrpoSettings
 from r1ray.train.parallel.layout import check_combination
 
 __all__ = ["FinetuneConfig", "LoraSettings", "Parallelism", "PromptSettings", "TrainConfig"]
@@ -70,12 +71,18 @@ class TrainConfig(Config):
         default=None, ge=1, description="Compute threads of a worker; null: the node's cores / num_workers."
     )
 
-    objective: Literal["sft"] = Field(default="sft", description="What is minimised: sft, the next token of the assistant's turns.")
+    objective: Literal["sft", "grpo", "distill"] = Field(
+        default="sft",
+        description="What is minimised: sft, the next token of the assistant's turns; grpo, minus the rewards of its own answers; distill, "
+        "the distance to a larger model.",
+    )
     method: Literal["lora", "full", "prompt", "prefix"] = Field(
         default="lora", description="What is trained: a LoRA adapter, all weights, a soft prompt, or its keys and values in every layer."
     )
     lora: LoraSettings = Field(default_factory=LoraSettings, description="The adapter's shape, for lora.")
     prompt: PromptSettings = Field(default_factory=PromptSettings, description="The soft prompt, for prompt and prefix.")
+    grpo: GrpoSettings = Field(default_factory=GrpoSettings, description="Answers, rewards and their loss, for grpo.")
+    distill: DistillSettings = Field(default_factory=DistillSettings, description="Teacher and divergence, for distill.")
     zero_stage: Literal[0, 1, 2, 3] = Field(
         default=2, description="DeepSpeed ZeRO stage: 1 splits optimizer states over the workers, 2 gradients too, 3 weights too."
     )
@@ -135,9 +142,32 @@ class TrainConfig(Config):
             raise ValueError(f"packing lays dialogues end to end, and method {self.method} goes before each of them; set packing=false")
         check_combination(self)
         num_groups = self.num_workers // self.parallelism.split
+        if self.objective == "grpo":
+            self._can_compare_answers()
+        if self.objective == "distill" and self.distill.teacher is None:
+            raise ValueError("objective distill needs a model to learn from; set train.distill.teacher to a registry reference")
         if self.batch_size < num_groups:
             raise ValueError(f"batch_size {self.batch_size} leaves some of the {num_groups} workers idle; set batch_size to at least that")
         return self
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Rows that the passes of one optimizer step compute, over all workers."""
+        return self.batch_size * (self.grpo.num_generations if self.objective == "grpo" else 1)
+
+    def _can_compare_answers(self) -> None:
+        if not self.grpo.rewards:
+            raise ValueError("objective grpo has nobody to judge its answers; set train.grpo.rewards")
+        if self.method not in ("lora", "full"):
+            raise ValueError(f"objective grpo trains by lora or full, method is {self.method}; set one of these")
+        if self.batch_size % self.num_workers:
+            raise ValueError(f"grpo gives each worker as many prompts: batch_size {self.batch_size} is no multiple of {self.num_workers}")
+        if self.grpo.max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"grpo.max_new_tokens {self.grpo.max_new_tokens} leaves no room for a prompt within max_length {self.max_length}; raise that"
+            )
+        if self.packing:
+            raise ValueError("packing lays dialogues end to end, which grpo's answers are not; set packing=false")
 
 
 class FinetuneConfig(Config):

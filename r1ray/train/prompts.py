@@ -1,0 +1,194 @@
+"""Dialogues -> prompts to answer, once per job and before any worker starts; cached as Parquet.
+
+A prompt is everything before a dialogue's last assistant turn, under the template for generation; that turn is its reference. Some
+prompts are held out: the run is judged on them before and after, and never trains on them. Knows no reward and no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from r1ray.data.config import DataConfig
+from r1ray.data.read import Loaded
+from r1ray.errors import NothingToTrain, TooManyBadRows
+from r1ray.model import template
+from r1ray.model.load import load_tokenizer
+from r1ray.types import Artifact, Conversation, Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Prompt", "PromptLimits", "PromptSet", "last_answer", "prepare_prompts"]
+
+_FORMAT = 1  # of the cache; raise it when the meaning of a column changes
+_MOST_HELD_OUT = 0.2  # of the prompts
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What is asked, as tokens and as turns, and the answer that the data gives."""
+
+    ids: list[int]
+    messages: tuple[Message, ...]
+    reference: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLimits:
+    """`max_tokens` of a prompt; `num_held_out` prompts at most are kept from training, drawn by `seed`."""
+
+    max_tokens: int
+    num_held_out: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSet:
+    """A Parquet file of columns `ids`, `messages`, `reference` and `held_out`, in the order of the data."""
+
+    path: Path
+    num_rows: int
+    num_held_out: int
+    num_tokens: int
+    num_rejected: int
+
+    @property
+    def told(self) -> str:
+        return f"{self.num_rows} prompts, {self.num_tokens} tokens, and {self.num_held_out} held out"
+
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt to train on."""
+        lengths: list[int] = pc.list_value_length(self._table(False)["ids"]).to_pylist()
+        return lengths
+
+    def rows(self) -> list[Prompt]:
+        return _prompts(self._table(False))
+
+    def held_out(self) -> list[Prompt]:
+        return _prompts(self._table(True))
+
+    def _table(self, held_out: bool) -> pa.Table:
+        table = pq.read_table(self.path)
+        return table.filter(pc.equal(table["held_out"], held_out))
+
+
+def prepare_prompts(loaded: Loaded, artifact: Artifact, data: DataConfig, limits: PromptLimits, cache: Path) -> PromptSet:
+    """The prompt set of a data set under one model's template.
+
+    Raises:
+        TooManyBadRows: with the dialogues that have no answer to learn from or are too long, the invalid share exceeds `max_bad_share`.
+        NothingToTrain: no prompt is left.
+    """
+    path = cache / "prompts" / f"{_key(loaded, artifact, data, limits)}.parquet"
+    if not path.exists():
+        prompts = _encoded(loaded.conversations, load_tokenizer(artifact), data.system_prompt, limits.max_tokens)
+        _write(_Parted.of(prompts, limits), path)
+    else:
+        _log.info("prompts from the cache: %s", path)
+    found = _described(path, len(loaded.conversations))
+    num_bad = len(loaded.rejects) + found.num_rejected
+    if num_bad > data.max_bad_share * loaded.num_rows:
+        raise TooManyBadRows(
+            f"{found.num_rejected} dialogues ask nothing before their last answer, or ask it in more than {limits.max_tokens} tokens "
+            f"(train.max_length less train.grpo.max_new_tokens); with {len(loaded.rejects)} invalid rows that is {num_bad} of "
+            f"{loaded.num_rows}, more than data.max_bad_share={data.max_bad_share:g} allows. Raise train.max_length or the share."
+        )
+    if not found.num_rows:
+        raise NothingToTrain(f"None of the {loaded.num_rows} rows of {data.path} is a question with an answer. Add some.")
+    return found
+
+
+def last_answer(conversation: Conversation) -> int:
+    """Index of the last assistant turn that answers something; 0 when there is none."""
+    return max((i for i, message in enumerate(conversation.messages) if message.role == "assistant"), default=0)
+
+
+@dataclass(slots=True)
+class _Parted:
+    """Prompts to train on and prompts to be judged on, each in the order of the data."""
+
+    trained: list[Prompt]
+    held_out: list[Prompt]
+
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt], limits: PromptLimits) -> _Parted:
+        num = min(limits.num_held_out, int(_MOST_HELD_OUT * len(prompts)))
+        drawn = set(random.Random(f"held out/{limits.seed}").sample(range(len(prompts)), num))
+        trained = [prompt for number, prompt in enumerate(prompts) if number not in drawn]
+        return cls(trained, [prompts[number] for number in sorted(drawn)])
+
+
+def _encoded(
+    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, system_prompt: str | None, most_tokens: int
+) -> list[Prompt]:
+    prompts = []
+    for conversation in conversations:
+        end = last_answer(conversation)
+        messages = conversation.messages[:end]
+        ids = template.prompt_ids(tokenizer, messages, system_prompt=system_prompt) if end else []
+        if 0 < len(ids) <= most_tokens:
+            prompts.append(Prompt(ids=ids, messages=messages, reference=conversation.messages[end].content))
+        else:
+            why = f"its prompt has {len(ids)} tokens" if end else "it answers nothing"
+            _log.warning("left out %s: %s", conversation.source or conversation.id, why)
+    return prompts
+
+
+def _key(loaded: Loaded, artifact: Artifact, data: DataConfig, limits: PromptLimits) -> str:
+    tokenizer = hashlib.sha256()
+    for file in sorted(artifact.path.glob("tokenizer*")):
+        tokenizer.update(file.read_bytes())
+    shape = [limits.max_tokens, limits.num_held_out, limits.seed]
+    parts = [_FORMAT, loaded.data_hash, tokenizer.hexdigest(), artifact.manifest.template.sha256, data.system_prompt, *shape]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _write(parted: _Parted, path: Path) -> None:
+    rows = [*parted.trained, *parted.held_out]
+    schema = pa.schema([("ids", pa.list_(pa.int32())), ("messages", pa.string()), ("reference", pa.string()), ("held_out", pa.bool_())])
+    columns = {
+        "ids": [prompt.ids for prompt in rows],
+        "messages": [json.dumps([[m.role, m.content] for m in prompt.messages], ensure_ascii=False) for prompt in rows],
+        "reference": [prompt.reference for prompt in rows],
+        "held_out": [False] * len(parted.trained) + [True] * len(parted.held_out),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(pa.table(columns, schema=schema), unfinished, compression="zstd")
+    unfinished.rename(path)
+
+
+def _described(path: Path, num_read: int) -> PromptSet:
+    table = pq.read_table(path, columns=["ids", "held_out"])
+    num_held_out = sum(table["held_out"].to_pylist())
+    return PromptSet(
+        path=path,
+        num_rows=table.num_rows - num_held_out,
+        num_held_out=num_held_out,
+        num_tokens=sum(pc.list_value_length(table["ids"]).to_pylist()[: table.num_rows - num_held_out]),
+        num_rejected=num_read - table.num_rows,
+    )
+
+
+def _prompts(table: pa.Table) -> list[Prompt]:
+    return [
+        Prompt(
+            ids=row["ids"],
+            messages=tuple(Message(role=role, content=text) for role, text in json.loads(row["messages"])),
+            reference=row["reference"],
+        )
+        for row in table.to_pylist()
+    ]
