@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray.train
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from r1ray.errors import TrainingError
-from r1ray.train import checkpoint
+from r1ray.train import checkpoint, universal
 from r1ray.train.config import TrainConfig
 from r1ray.train.progress import Curve, Step
+from r1ray.train.reporter import Reporter
 from r1ray.train.trainer import PacedTrainer
 
 __all__ = ["Diverged", "Pace"]
@@ -40,7 +40,10 @@ class Pace(TrainerCallback):
     run_directory: Path
     rank: int
     world: int
+    reporter: Reporter
     elapsed_before_s: float = 0.0
+    is_converted: bool = False
+    """Whether the training goes on from a checkpoint of another number of workers."""
     trainer: PacedTrainer | None = None
     curve: Curve | None = None
     _began: float = 0.0
@@ -53,6 +56,8 @@ class Pace(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self._began = self._step_began = time.monotonic()
         self._saved_at_s = self.elapsed_before_s
+        if self.is_converted:
+            universal.separate_steps(self._bound.model_wrapped)
         if self.rank == 0:
             self.curve = Curve(self.run_directory)
 
@@ -82,7 +87,7 @@ class Pace(TrainerCallback):
             control.should_training_stop = True
         control.should_save = control.should_training_stop or self._is_due(state.global_step)
         if not control.should_save and state.global_step % self.config.log_every_steps == 0:
-            ray.train.report(self._metrics())
+            self.reporter.report(self._metrics())
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
@@ -95,21 +100,11 @@ class Pace(TrainerCallback):
             zero_stage=self.config.zero_stage,
             elapsed_s=trainer.schedule.elapsed_s,
         )
-        name = checkpoint.directory_name(meta.step, meta.elapsed_s)
-        destination = self.run_directory / name
-
-        def move(local: ray.train.Checkpoint, _name: str) -> ray.train.Checkpoint:
-            checkpoint.publish(Path(local.path), destination, meta, self.rank)
-            return ray.train.Checkpoint(str(destination), filesystem=local.filesystem)
-
-        ray.train.report(
-            self._metrics(),
-            checkpoint=ray.train.Checkpoint.from_directory(str(source)),
-            checkpoint_dir_name=name,
-            checkpoint_upload_fn=move,
-            delete_local_checkpoint_after_upload=True,
-        )
+        destination = self.run_directory / checkpoint.directory_name(meta.step, meta.elapsed_s)
+        self.reporter.save(self._metrics(), source, destination, lambda staged: checkpoint.publish(staged, destination, meta, self.rank))
         self._saved_at_s = trainer.schedule.elapsed_s
+        if self.rank == 0:
+            universal.forget(self.run_directory)
 
     @property
     def _bound(self) -> PacedTrainer:

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer
 
 from r1ray.train.config import TrainConfig
+from r1ray.train.parallel.layout import Layout
 from r1ray.train.schedule import Schedule
 from r1ray.train.zero import deepspeed_config
 
@@ -56,6 +57,8 @@ class PacedTrainer(Trainer):
     feed: Batches
     schedule: Schedule
     tally: Tally
+    layout: Layout | None = None
+    """Set where the model itself is split."""
 
     def pace_by(self, feed: Batches, schedule: Schedule) -> None:
         """Our batches and our clock in place of the base's."""
@@ -71,10 +74,12 @@ class PacedTrainer(Trainer):
     def counted(self, summed: torch.Tensor, num_items: Any) -> torch.Tensor:
         """A forward pass' summed loss, remembered, as its share of the step's mean over all ranks.
 
-        DeepSpeed averages over the ranks, the loss is a mean over all ranks' items.
+        DeepSpeed averages over the ranks that compute different rows, the loss is a mean over all ranks' items. Ranks that share a
+        tensor each have the whole loss.
         """
-        self.tally.nll += summed.item()
-        return summed * self.accelerator.num_processes / num_items
+        layout = self.layout or Layout(world=self.accelerator.num_processes)
+        self.tally.nll += summed.item() / layout.tensor
+        return summed * layout.data / num_items
 
     def get_train_dataloader(self) -> Any:
         return self.feed.loader()
@@ -96,11 +101,13 @@ class PacedTrainer(Trainer):
         Trainer._save_checkpoint(self, model, trial)  # without TRL's model card: the manifest says it all
 
 
-def common_arguments(config: TrainConfig, *, output: Path, num_steps: int, accumulation: int, bf16: bool) -> dict[str, Any]:
+def common_arguments(
+    config: TrainConfig, *, output: Path, num_steps: int, accumulation: int, bf16: bool, universal: bool = False
+) -> dict[str, Any]:
     """For any of TRL's config classes. Building one also tells transformers about ZeRO-3, so it must happen before the model is loaded."""
     return {
         "output_dir": str(output),
-        "deepspeed": deepspeed_config(config, accumulation=accumulation, bf16=bf16),
+        "deepspeed": deepspeed_config(config, accumulation=accumulation, bf16=bf16, universal=universal),
         "max_steps": num_steps,
         "per_device_train_batch_size": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation,

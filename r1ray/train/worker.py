@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from r1ray.errors import CheckpointCorrupt, R1RayError, TrainingError
-from r1ray.train import checkpoint
+from r1ray.train import checkpoint, universal
 from r1ray.train.batches import accumulation_steps
 from r1ray.train.objective import objective_of
 from r1ray.train.objective.base import Bench
 from r1ray.train.order import WorkOrder
+from r1ray.train.parallel.layout import layout_of
+from r1ray.train.reporter import RayReporter, Reporter
 from r1ray.train.schedule import Schedule
 
 if TYPE_CHECKING:
     from r1ray.train.trainer import PacedTrainer
 
-__all__ = ["work"]
+__all__ = ["Attempt", "work"]
 
 _log = logging.getLogger(__name__)
 
@@ -36,21 +38,24 @@ def work(loop_config: dict[str, Any]) -> dict[str, Any]:
     _quieten()
     order: WorkOrder = loop_config["order"]
     try:
-        return _Work(order).run()
+        import ray.train
+
+        context = ray.train.get_context()
+        return Attempt(order, rank=context.get_world_rank(), world=context.get_world_size(), reporter=RayReporter()).run()
     except TrainingError as error:
         if getattr(error, "agreed", False):
             return {"error": error}
         raise
 
 
-class _Work:
-    def __init__(self, order: WorkOrder) -> None:
-        import ray.train
+class Attempt:
+    """One rank's part of a training, from the last checkpoint to the end; needs a process group, not Ray."""
 
-        context = ray.train.get_context()
+    def __init__(self, order: WorkOrder, *, rank: int, world: int, reporter: Reporter) -> None:
         self.order, self.config = order, order.config
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.accumulation = accumulation_steps(self.config.batch_size, self.world, self.config.micro_batch_size)
+        self.rank, self.world, self.reporter = rank, world, reporter
+        self.layout = layout_of(self.config, world)
+        self.accumulation = accumulation_steps(self.config.batch_size, self.layout.data, self.config.micro_batch_size)
 
     def run(self) -> dict[str, Any]:
         import torch
@@ -62,6 +67,8 @@ class _Work:
         disable_deepspeed_shm()
         start = self._agreed_checkpoint()
         trainer = self._trainer(start[1] if start else None)
+        if start is not None and start[1].world_size != self.world:
+            self._reseed(start[1].step)
         try:
             trainer.train(resume_from_checkpoint=str(start[0]) if start else None)
         except Exception as error:
@@ -84,8 +91,7 @@ class _Work:
         verdict: list[Any] = [None]
         if self.rank == 0:
             try:
-                verdict = [checkpoint.last_good(self.order.run_directory)]
-                _check_world(verdict[0], self.order, self.world)
+                verdict = [self._start()]
             except TrainingError as error:
                 verdict = [error]
         if dist.is_initialized():
@@ -97,6 +103,29 @@ class _Work:
             _log.warning("resuming %s from step %d", self.order.run, verdict[0][1].step)
         return verdict[0]
 
+    def _start(self) -> tuple[Path, checkpoint.Meta] | None:
+        """The last good checkpoint, in a form that this number of workers can load."""
+        found = checkpoint.last_good(self.order.run_directory)
+        if found is None:
+            return None
+        directory, meta = found
+        _check_stage(directory, meta, self.config.zero_stage)
+        if meta.world_size == self.world or meta.zero_stage == 0:  # stage 0 splits nothing over the workers
+            return found
+        if self.layout.split > 1:
+            raise CheckpointCorrupt(
+                f"{directory} was written by {meta.world_size} workers, and this job has {self.world}; where workers share a model "
+                f"(train.parallelism) their number cannot change. Set train.num_workers={meta.world_size}, or train.restart=true."
+            )
+        _log.warning("%s was written by %d workers: converting it for %d", directory.name, meta.world_size, self.world)
+        return universal.converted(directory), meta
+
+    def _reseed(self, step: int) -> None:
+        """Random states are one per rank of the old number; dropout goes on from the seed and the step instead."""
+        from transformers import set_seed
+
+        set_seed(self.config.seed + step)
+
     def _trainer(self, resumed: checkpoint.Meta | None) -> PacedTrainer:
         from r1ray.train.callbacks import Pace
 
@@ -105,31 +134,32 @@ class _Work:
         self._staging.mkdir(parents=True)
         elapsed = resumed.elapsed_s if resumed else 0.0
         place = {"run": order.run, "run_directory": order.run_directory, "rank": self.rank, "world": self.world}
-        pace = Pace(config=config, **place, elapsed_before_s=elapsed)
+        is_converted = resumed is not None and resumed.world_size != self.world and resumed.zero_stage > 0
+        pace = Pace(config=config, **place, reporter=self.reporter, elapsed_before_s=elapsed, is_converted=is_converted)
         bench = Bench(
             order=order,
-            rank=self.rank,
-            num_workers=self.world,
+            rank=self.layout.place(self.rank).data,
+            num_workers=self.layout.data,
+            layout=self.layout,
+            global_rank=self.rank,
             accumulation=self.accumulation,
             staging=self._staging,
             schedule=Schedule(order.num_steps, config.warmup_share, config.floor_share, config.max_seconds, elapsed),
             callbacks=[pace],
+            universal=is_converted,
         )
         trainer = objective_of(config.objective).trainer(bench)
+        trainer.layout = self.layout
         pace.trainer = trainer
         return trainer
 
 
-def _check_world(start: tuple[Path, checkpoint.Meta] | None, order: WorkOrder, world: int) -> None:
-    """DeepSpeed's shards fit the number of ranks and the stage that wrote them."""
-    if start is None:
-        return
-    directory, meta = start
-    if meta.world_size != world or meta.zero_stage != order.config.zero_stage:
+def _check_stage(directory: Path, meta: checkpoint.Meta, zero_stage: int) -> None:
+    """Each stage lays its states out in its own way."""
+    if meta.zero_stage != zero_stage:
         raise CheckpointCorrupt(
-            f"{directory} was written by {meta.world_size} workers at ZeRO stage {meta.zero_stage}; this job has {world} at stage "
-            f"{order.config.zero_stage}. Set train.num_workers={meta.world_size} train.zero_stage={meta.zero_stage} to resume, or "
-            "train.restart=true to start over."
+            f"{directory} was written at ZeRO stage {meta.zero_stage}; this job has stage {zero_stage}. Set "
+            f"train.zero_stage={meta.zero_stage} to resume, or train.restart=true to start over."
         )
 
 

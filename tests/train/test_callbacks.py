@@ -7,6 +7,7 @@ import pytest
 from r1ray.errors import TrainingError
 from r1ray.train.callbacks import Pace
 from r1ray.train.config import TrainConfig
+from r1ray.train.reporter import RayReporter
 from r1ray.train.schedule import Schedule
 from r1ray.train.trainer import Tally
 
@@ -23,7 +24,8 @@ class FakeTrainer:
 
 
 def pace(tmp_path, trainer: FakeTrainer, **changes) -> Pace:
-    made = Pace(config=TrainConfig(**changes), run="r", run_directory=tmp_path, rank=0, world=1, elapsed_before_s=30.0)
+    place = {"run": "r", "run_directory": tmp_path, "rank": 0, "world": 1}
+    made = Pace(config=TrainConfig(**changes), **place, reporter=RayReporter(), elapsed_before_s=30.0)
     made.trainer = trainer  # type: ignore[assignment]
     made.on_train_begin()
     return made

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from r1ray.settings import Settings
 from r1ray.train.order import WorkOrder
+from r1ray.train.parallel.layout import Layout
 from r1ray.types import Artifact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
     from r1ray.train.config import FinetuneConfig
+    from r1ray.train.feed import Feed
+    from r1ray.train.parallel.sequence import SlicedFeed
     from r1ray.train.schedule import Schedule
     from r1ray.train.trainer import PacedTrainer
 
@@ -47,6 +50,11 @@ class Bench:
     staging: Path
     schedule: Schedule
     callbacks: list[TrainerCallback]
+    layout: Layout
+    global_rank: int
+    """Among all workers, also those that share rows."""
+    universal: bool = False
+    """Whether what is resumed was converted from another number of workers."""
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments that every TRL config takes: ours for steps, DeepSpeed, optimizer; saving and logging left to the callbacks."""
@@ -54,13 +62,40 @@ class Bench:
 
         order = self.order
         bf16 = order.dtype == "bfloat16"
-        return common_arguments(order.config, output=self.staging, num_steps=order.num_steps, accumulation=self.accumulation, bf16=bf16)
+        return common_arguments(
+            order.config,
+            output=self.staging,
+            num_steps=order.num_steps,
+            accumulation=self.accumulation,
+            bf16=bf16,
+            universal=self.universal,
+        )
 
     def model(self) -> PreTrainedModel:
         """The base with what is trained on it, every weight or an adapter that all ranks initialise alike."""
         from r1ray.train.build import trained_model
 
-        return trained_model(self.order)
+        self._share()
+        model = trained_model(self.order)
+        if self.layout.tensor > 1:
+            from r1ray.train.parallel.tensor import share_tensors
+
+            share_tensors(model, self.layout)
+        return model
+
+    def sliced(self, feed: Feed) -> Feed | SlicedFeed:
+        """The feed, or this worker's part of its rows where workers share them."""
+        from r1ray.train.parallel.sequence import SlicedFeed
+
+        degree = self.layout.sequence
+        return SlicedFeed(feed, self.layout.place(self.global_rank).sequence, degree) if degree > 1 else feed
+
+    def _share(self) -> None:
+        """Before the model is loaded."""
+        if self.layout.sequence > 1:
+            from r1ray.train.parallel.sequence import share_sequences
+
+            share_sequences(self.layout.sequence)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         from r1ray.model.load import load_tokenizer
