@@ -126,6 +126,7 @@ class Pace(TrainerCallback):
             seconds=seconds,
             elapsed_s=schedule.elapsed_s,
             remaining_s=self._remaining_s(done),
+            marks=trainer.marks(),
         )
 
     def _remaining_s(self, done: int) -> float:

@@ -78,6 +78,7 @@ def _train(config: FinetuneConfig, order: WorkOrder, data_hash: str, registry: R
         _say(f"loss {sparkline([step.loss for step in steps])}")
         tracked.log_artifact(draw(steps, order.run_directory / "learning_curve.png"))
         metrics = _metrics(order, time.monotonic() - started)
+        metrics |= objective_of(config.train.objective).closing(order.run_directory, _say)
         tracked.log_metrics(metrics)
         last = _last_checkpoint(order)
         result = Result(checkpoint=last, config=config, base=order.base, data_hash=data_hash, metrics=metrics, run_id=tracked.id)

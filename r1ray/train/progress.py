@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,6 +17,7 @@ from typing import Self
 __all__ = ["FILE", "Curve", "Follower", "Step", "curve", "line"]
 
 FILE = "progress.jsonl"
+_SHOWN_MARKS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +33,13 @@ class Step:
     seconds: float
     elapsed_s: float
     remaining_s: float
+    marks: Mapping[str, float] = field(default_factory=dict)
+    """What else its objective tells: rewards, margins, ..."""
 
     def metrics(self) -> dict[str, float]:
         """What dashboards plot."""
         rate = self.tokens / self.seconds if self.seconds else 0.0
-        return {"loss": self.loss, "learning_rate": self.learning_rate, "grad_norm": self.grad_norm, "tokens_per_second": rate}
+        return {"loss": self.loss, "learning_rate": self.learning_rate, "grad_norm": self.grad_norm, "tokens_per_second": rate, **self.marks}
 
 
 class Curve:
@@ -66,7 +69,8 @@ def line(steps: list[Step]) -> str:
     rate = sum(step.tokens for step in steps) / max(sum(step.seconds for step in steps), 1e-9)
     minutes, seconds = divmod(round(last.remaining_s), 60)
     speed = f"{rate:.0f} tokens/s  {minutes}:{seconds:02d} left"
-    return f"step {last.step}/{last.total_steps}  loss {loss:.4f}  lr {last.learning_rate:.1e}  {speed}"
+    marks = "".join(f"{name} {_mean(steps, name):.3f}  " for name in list(last.marks)[:_SHOWN_MARKS])
+    return f"step {last.step}/{last.total_steps}  loss {loss:.4f}  {marks}lr {last.learning_rate:.1e}  {speed}"
 
 
 class Follower:
@@ -111,6 +115,11 @@ class Follower:
     def _flush(self) -> None:
         steps, self._pending = self._pending, []
         self._on_steps(steps)
+
+
+def _mean(steps: list[Step], mark: str) -> float:
+    values = [step.marks[mark] for step in steps if mark in step.marks]
+    return sum(values) / len(values)
 
 
 def _parsed(text: str) -> Iterator[Step]:

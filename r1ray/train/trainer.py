@@ -65,6 +65,10 @@ class PacedTrainer(Trainer):
         self.feed, self.schedule, self.tally = feed, schedule, Tally()
         self.remove_callback(PrinterCallback)
 
+    def marks(self) -> dict[str, float]:
+        """What the step is told by beside its loss, equal on all ranks; the first ones also in the job log."""
+        return {}
+
     @property
     def learning_rate(self) -> float:
         """Of the step in progress."""

@@ -7,6 +7,7 @@ below; it knows no Ray, no checkpoint and no clock.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -121,3 +122,7 @@ class Objective(ABC):
     @abstractmethod
     def trainer(self, bench: Bench) -> PacedTrainer:
         """The trainer of this rank, on the worker."""
+
+    def closing(self, run_directory: Path, say: Callable[[str], object]) -> dict[str, float]:
+        """What the finished run is measured by beside its loss, in the driver; told to `say` and kept with the version."""
+        return {}
