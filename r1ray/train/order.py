@@ -66,7 +66,7 @@ def resolve_order(
     """The order for the workers of the run in `directory`; tells `say` what was chosen and why."""
     plan = plan_of(config, material.lengths())
     num_steps = min(plan.num_steps, config.max_steps or plan.num_steps)
-    accumulation = accumulation_steps(config.batch_size, config.num_workers, config.micro_batch_size)
+    accumulation = accumulation_steps(config.rows_per_batch, config.num_workers, config.micro_batch_size)
     padding = 0.0 if config.packing else plan.padding_share(config.num_workers, accumulation)
     known = runs.load(directory)
     dtype, reason = (known.dtype, "the run began with it") if known else _dtype(config)

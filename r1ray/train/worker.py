@@ -55,7 +55,7 @@ class Attempt:
         self.order, self.config = order, order.config
         self.rank, self.world, self.reporter = rank, world, reporter
         self.layout = layout_of(self.config, world)
-        self.accumulation = accumulation_steps(self.config.batch_size, self.layout.data, self.config.micro_batch_size)
+        self.accumulation = accumulation_steps(self.config.rows_per_batch, self.layout.data, self.config.micro_batch_size)
 
     def run(self) -> dict[str, Any]:
         import torch
