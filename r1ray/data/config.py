@@ -14,11 +14,11 @@ from r1ray.config import Config
 
 __all__ = ["DataConfig", "Format"]
 
-Format = Literal["annotated", "messages", "alpaca", "sharegpt", "labelled"]
+Format = Literal["annotated", "messages", "alpaca", "sharegpt", "labelled", "pairs", "sharegpt_pairs", "alpaca_pairs"]
 
 
 class DataConfig(Config):
-    """One set of dialogues: a file, or a directory whose files are read in name order."""
+    """One set of dialogues, or of pairs of answers: a file, or a directory whose files are read in name order."""
 
     path: Path = Field(description="JSON, JSONL, CSV or Parquet file, or a directory of them; relative paths also count from R1RAY_HOME.")
     format: Literal["auto"] | Format = Field(default="auto", description="Row format; auto looks at the columns of the first rows.")

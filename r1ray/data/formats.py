@@ -1,10 +1,12 @@
-"""The five row formats: which one a row is in, and the dialogue it holds. Knows no file and no sampling.
+"""The five row formats of dialogues: which one a row is in, and the dialogue it holds. Knows no file and no sampling.
 
     annotated  {"conversation_id", "utterances": [{"role", "text", "annotations": {"intent", "entities"}}]}   (seed 004)
     messages   {"messages": [{"role", "content"}]}            OpenAI, content parts and reasoning_content included
     alpaca     {"instruction", "input", "output"}             optional system and history
     sharegpt   {"conversations": [{"from", "value"}]}         optional system
     labelled   {"text", "label"} or {"text", "category"}      the answer is the label in words
+
+`preferences` has the formats of pairs of answers, made of the same parts.
 
 A parser takes a row's values and gives the id (None: take it from the content) and the turns, or raises BadRow with the reason.
 """
@@ -19,11 +21,24 @@ from typing import Any
 
 from r1ray.data.config import DataConfig, Format
 from r1ray.data.records import BadRow
-from r1ray.errors import MissingColumn
+from r1ray.errors import MissingColumn, UnknownFormat
 from r1ray.model.reasoning import split
 from r1ray.types import Annotations, EntityValue, Message, Role
 
-__all__ = ["Parser", "detect", "parser"]
+__all__ = [
+    "Parser",
+    "alpaca_prompt",
+    "detect",
+    "listed",
+    "message_of",
+    "named",
+    "openai_message",
+    "parser",
+    "row_id",
+    "text_of",
+    "turns_of",
+    "with_system",
+]
 
 Parser = Callable[[Mapping[str, Any]], tuple[str | None, list[Message]]]
 
@@ -46,6 +61,7 @@ _NEEDS: dict[Format, tuple[str, ...]] = {
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
 }
+_PAIRED: tuple[Format, ...] = ("pairs", "sharegpt_pairs", "alpaca_pairs")
 _LABEL_COLUMNS = ("label", "category")
 
 
@@ -54,7 +70,13 @@ def detect(columns: Sequence[str], config: DataConfig, file: str) -> Format:
 
     Raises:
         MissingColumn: the columns its format needs are not there; names what was found and the keys to set.
+        UnknownFormat: the format, or the file, holds pairs of answers and no dialogues.
     """
+    if config.format in _PAIRED or (config.format == "auto" and {"chosen", "rejected"} <= set(columns)):
+        raise UnknownFormat(
+            f"{file} has the columns {listed(columns)}: pairs of a better and a worse answer, where dialogues are wanted. Train on "
+            "pairs with train.objective=dpo or reward, or set data.format to the dialogues' format."
+        )
     if config.format != "auto":
         return _checked(config.format, columns, config, file)
     for name, needs in _NEEDS.items():
@@ -64,7 +86,7 @@ def detect(columns: Sequence[str], config: DataConfig, file: str) -> Format:
         return "labelled"
     forms = "; ".join(f"{name}: {', '.join(needs)}" for name, needs in _NEEDS.items())
     raise MissingColumn(
-        f"{file} has the columns {_listed(columns)}, which fit no format ({forms}; labelled: {_wanted(config)}). "
+        f"{file} has the columns {listed(columns)}, which fit no format ({forms}; labelled: {_wanted(config)}). "
         "For labelled rows set data.text_column and data.label_column to two of its columns; else rename the columns."
     )
 
@@ -86,7 +108,7 @@ def _checked(name: Format, columns: Sequence[str], config: DataConfig, file: str
         missing = [need for need in _NEEDS[name] if need not in columns]
         advice = "Set data.format to the file's format, or rename its columns."
     if missing:
-        raise MissingColumn(f"{file} has no column {', '.join(missing)} for format {name}; it has {_listed(columns)}. {advice}")
+        raise MissingColumn(f"{file} has no column {', '.join(missing)} for format {name}; it has {listed(columns)}. {advice}")
     return name
 
 
@@ -99,30 +121,30 @@ def _wanted(config: DataConfig) -> str:
     return f"{config.text_column}, {config.label_column or ' or '.join(_LABEL_COLUMNS)}"
 
 
-def _listed(columns: Sequence[str]) -> str:
+def listed(columns: Sequence[str]) -> str:
     return ", ".join(columns[:20]) if columns else "none"
 
 
 def _annotated(values: Mapping[str, Any]) -> tuple[str | None, list[Message]]:
-    turns = _turns(values, "utterances")
-    return _id(values), [
-        _message(turn.get("role"), turn.get("text"), turn.get("reasoning"), _annotations(turn.get("annotations"))) for turn in turns
+    turns = turns_of(values, "utterances")
+    return row_id(values), [
+        message_of(turn.get("role"), turn.get("text"), turn.get("reasoning"), _annotations(turn.get("annotations"))) for turn in turns
     ]
 
 
 def _messages(values: Mapping[str, Any]) -> tuple[str | None, list[Message]]:
-    return _id(values), [_openai(turn) for turn in _turns(values, "messages")]
+    return row_id(values), [openai_message(turn) for turn in turns_of(values, "messages")]
 
 
-def _openai(turn: Mapping[str, Any]) -> Message:
+def openai_message(turn: Mapping[str, Any]) -> Message:
     if turn.get("tool_calls") and not turn.get("content"):
         raise BadRow("an assistant turn holds only tool_calls; write the call into its content")
     reasoning = turn.get("reasoning_content") or turn.get("reasoning")
-    return _message(turn.get("role"), _joined(turn.get("content")), reasoning, _annotations(turn.get("annotations")))
+    return message_of(turn.get("role"), _joined(turn.get("content")), reasoning, _annotations(turn.get("annotations")))
 
 
 def _joined(content: object) -> object:
-    """OpenAI content parts as one text; anything else is passed on for `_text` to judge."""
+    """OpenAI content parts as one text; anything else is passed on for `text_of` to judge."""
     if not isinstance(content, list):
         return content
     texts = []
@@ -130,62 +152,67 @@ def _joined(content: object) -> object:
         if not isinstance(part, Mapping) or part.get("type") not in ("text", "input_text", "output_text"):
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
             raise BadRow(f"content part of type {kind!r}; only text parts can be trained on")
-        texts.append(_text(part.get("text"), "content part"))
+        texts.append(text_of(part.get("text"), "content part"))
     return "".join(texts)
 
 
 def _sharegpt(values: Mapping[str, Any]) -> tuple[str | None, list[Message]]:
-    turns = _turns(values, "conversations")
-    messages = [_message(turn.get("from", turn.get("role")), turn.get("value", turn.get("content")), None, None) for turn in turns]
-    return _id(values), _with_system(values, messages)
+    turns = turns_of(values, "conversations")
+    messages = [message_of(turn.get("from", turn.get("role")), turn.get("value", turn.get("content")), None, None) for turn in turns]
+    return row_id(values), with_system(values, messages)
 
 
 def _alpaca(values: Mapping[str, Any]) -> tuple[str | None, list[Message]]:
+    messages = [*alpaca_prompt(values), message_of("assistant", values.get("output"), None, None)]
+    return row_id(values), with_system(values, messages)
+
+
+def alpaca_prompt(values: Mapping[str, Any]) -> list[Message]:
+    """History and question of a row, without its system message."""
     messages: list[Message] = []
     history = values.get("history") or []
     for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadRow("history is no list of [question, answer] pairs")
-        messages += [_message("user", pair[0], None, None), _message("assistant", pair[1], None, None)]
-    question = _text(values.get("instruction"), "instruction")
+        messages += [message_of("user", pair[0], None, None), message_of("assistant", pair[1], None, None)]
+    question = text_of(values.get("instruction"), "instruction")
     extra = values.get("input") or ""
-    question = f"{question}\n\n{_text(extra, 'input')}" if extra else question
-    messages += [_message("user", question, None, None), _message("assistant", values.get("output"), None, None)]
-    return _id(values), _with_system(values, messages)
+    question = f"{question}\n\n{text_of(extra, 'input')}" if extra else question
+    return [*messages, message_of("user", question, None, None)]
 
 
 def _labelled(values: Mapping[str, Any], label_column: str, config: DataConfig) -> tuple[str | None, list[Message]]:
-    text = _text(values.get(config.text_column), config.text_column)
+    text = text_of(values.get(config.text_column), config.text_column)
     raw = values.get(label_column)
-    label = _text(str(raw) if isinstance(raw, int) and not isinstance(raw, bool) else raw, label_column).strip()
+    label = text_of(str(raw) if isinstance(raw, int) and not isinstance(raw, bool) else raw, label_column).strip()
     if config.labels is not None and label not in config.labels:
         near = difflib.get_close_matches(label, config.labels, n=1, cutoff=0.0)
         raise BadRow(f"unknown label {label!r}; the nearest of the {len(config.labels)} allowed is {near[0]!r}")
     answer = Message(role="assistant", content=label.replace("_", " "), annotations=Annotations(intent=label))
-    return _id(values), [Message(role="user", content=text.strip()), answer]
+    return row_id(values), [Message(role="user", content=text.strip()), answer]
 
 
 _PARSERS: dict[Format, Parser] = {"annotated": _annotated, "messages": _messages, "sharegpt": _sharegpt, "alpaca": _alpaca}
 
 
-def _id(values: Mapping[str, Any]) -> str | None:
+def row_id(values: Mapping[str, Any]) -> str | None:
     for name in ("conversation_id", "id"):
         if isinstance(values.get(name), str | int) and str(values[name]).strip():
-            return _text(str(values[name]), name)
+            return text_of(str(values[name]), name)
     return None
 
 
-def _turns(values: Mapping[str, Any], column: str) -> list[Mapping[str, Any]]:
+def turns_of(values: Mapping[str, Any], column: str) -> list[Mapping[str, Any]]:
     turns = values.get(column)
     if isinstance(turns, str):  # a CSV cell
         turns = _json(turns, column)
     if not isinstance(turns, list):
-        raise BadRow(f"{column} is {_named(turns)}, not a list of turns")
+        raise BadRow(f"{column} is {named(turns)}, not a list of turns")
     if not turns:
         raise BadRow(f"{column} is empty")
     for position, turn in enumerate(turns, start=1):
         if not isinstance(turn, Mapping):
-            raise BadRow(f"turn {position} is {_named(turn)}, not an object")
+            raise BadRow(f"turn {position} is {named(turn)}, not an object")
     return turns
 
 
@@ -196,18 +223,18 @@ def _json(text: str, what: str) -> object:
         raise BadRow(f"{what} is no JSON: {error}") from error
 
 
-def _with_system(values: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+def with_system(values: Mapping[str, Any], messages: list[Message]) -> list[Message]:
     system = values.get("system") or values.get("system_prompt")
-    return [_message("system", system, None, None), *messages] if system else messages
+    return [message_of("system", system, None, None), *messages] if system else messages
 
 
-def _message(role: object, text: object, reasoning: object, annotations: Annotations | None) -> Message:
+def message_of(role: object, text: object, reasoning: object, annotations: Annotations | None) -> Message:
     """One turn. In assistant text `<think>...</think>` becomes the reasoning; R1's outputs often lack the opening tag."""
     known = _ROLES.get(role) if isinstance(role, str) else None
     if known is None:
         raise BadRow(f"unknown role {role!r}; known are {', '.join(_ROLES)}")
-    content = _text(text, f"{known} turn")
-    thought = _text(reasoning, "reasoning") if reasoning else None
+    content = text_of(text, f"{known} turn")
+    thought = text_of(reasoning, "reasoning") if reasoning else None
     if known == "assistant" and thought is None and "</think>" in content:
         thought, content = split(content, "<think>" not in content)
         if not content.strip():
@@ -215,11 +242,11 @@ def _message(role: object, text: object, reasoning: object, annotations: Annotat
     return Message(role=known, content=content, reasoning=thought, annotations=annotations)
 
 
-def _text(value: object, what: str) -> str:
+def text_of(value: object, what: str) -> str:
     if value is None:
         raise BadRow(f"{what} without text")
     if not isinstance(value, str):
-        raise BadRow(f"{what} is {_named(value)}, not text")
+        raise BadRow(f"{what} is {named(value)}, not text")
     if not value.strip():
         raise BadRow(f"{what} with empty text")
     try:
@@ -233,29 +260,29 @@ def _annotations(value: object) -> Annotations | None:
     if value is None:
         return None
     if not isinstance(value, Mapping):
-        raise BadRow(f"annotations is {_named(value)}, not an object")
+        raise BadRow(f"annotations is {named(value)}, not an object")
     intent = value.get("intent")
     if intent is not None:
-        intent = _text(intent, "intent")
+        intent = text_of(intent, "intent")
     entities = value.get("entities")
     if isinstance(entities, str):  # our own Parquet schema stores them as JSON
         entities = _json(entities, "entities")
     if entities is not None and not isinstance(entities, Mapping):
-        raise BadRow(f"entities is {_named(entities)}, not an object")
+        raise BadRow(f"entities is {named(entities)}, not an object")
     kept = {str(name): _entity(str(name), entity) for name, entity in (entities or {}).items() if entity is not None}
     return None if intent is None and entities is None else Annotations(intent=intent, entities=kept)
 
 
 def _entity(name: str, value: object) -> EntityValue:
     if isinstance(value, str):
-        return _text(value, f"entity {name}")
+        return text_of(value, f"entity {name}")
     if isinstance(value, float) and not math.isfinite(value):
         raise BadRow(f"entity {name} is {value}, no number")
     if not isinstance(value, bool | int | float):
-        raise BadRow(f"entity {name} is {_named(value)}; give text, a number or true/false")
+        raise BadRow(f"entity {name} is {named(value)}; give text, a number or true/false")
     return value
 
 
-def _named(value: object) -> str:
+def named(value: object) -> str:
     name = type(value).__name__
     return "missing" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -1,0 +1,163 @@
+"""What every reader of a set does around its rows: open the files, name the format, number the ids, collect the rejects, sample.
+
+What a row becomes (a dialogue, a pair of answers) is its opener's business: `opening(columns, config, file)` gives the format and
+a function from a raw row to an item, which raises BadRow with the reason where the row holds none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from r1ray.data.config import DataConfig, Format
+from r1ray.data.files import data_files, rows_of
+from r1ray.data.records import BadRow, RawRow, Reject
+from r1ray.data.write import write_rejects
+from r1ray.errors import NothingToTrain, TooManyBadRows, UnknownFormat
+from r1ray.settings import Settings
+
+__all__ = ["Gathered", "Identified", "Ids", "Opening", "each_row", "gather"]
+
+_PEEKED_ROWS = 20
+_ROW_BITS = 40
+_log = logging.getLogger(__name__)
+
+
+class Identified(Protocol):
+    """What a row becomes has an id, by which samples are drawn."""
+
+    @property
+    def id(self) -> str: ...
+
+
+T = TypeVar("T", bound=Identified)
+Opening = Callable[[Sequence[str], DataConfig, str], tuple[Format, Callable[[RawRow, "Ids"], T]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gathered(Generic[T]):
+    """A set in memory: without `limit`, `len(items) + len(rejects) == num_rows`."""
+
+    items: tuple[T, ...]
+    rejects: tuple[Reject, ...]
+    formats: tuple[Format, ...]
+    num_rows: int
+
+
+class Ids:
+    """Ids are unique over all files of a set. Only their hashes are kept: two words a row."""
+
+    def __init__(self) -> None:
+        self._files: list[str] = []
+        self._places: dict[int, int] = {}
+        self._num_equal: Counter[str] = Counter()
+
+    def unique(self, given: str | None, derive: Callable[[], str], raw: RawRow) -> str:
+        """A given id must be new; equal rows without one are numbered `id#2`, so that `hold_out` keeps them together."""
+        if given is not None and hash(given) in self._places:
+            raise BadRow(f"conversation_id {given!r} was already used at {self._place(given)}")
+        derived = name = given or derive()
+        while hash(name) in self._places:
+            self._num_equal[derived] += 1
+            name = f"{derived}#{self._num_equal[derived] + 1}"
+        if not self._files or self._files[-1] != raw.file:
+            self._files.append(raw.file)
+        self._places[hash(name)] = (len(self._files) - 1) << _ROW_BITS | raw.row
+        return name
+
+    def _place(self, name: str) -> str:
+        place = self._places[hash(name)]
+        return f"{self._files[place >> _ROW_BITS]}:{place & (1 << _ROW_BITS) - 1}"
+
+
+def each_row(config: DataConfig, opening: Opening[T]) -> Iterator[tuple[Format, RawRow, T | BadRow]]:
+    """Every row of `config.path` in order, with its file's format and its item or the reason why it holds none.
+
+    Raises:
+        InvalidValue, NothingToTrain, UnknownFormat, WrongEncoding, MissingColumn: a file as a whole cannot be read.
+    """
+    ids = Ids()
+    for path in data_files(Settings().locate(config.path)):
+        rows = rows_of(path)
+        peeked = list(itertools.islice(rows, _PEEKED_ROWS))
+        columns = _columns(peeked, path)
+        name, build = opening(columns, config, str(path))
+        if config.format == "auto":
+            _log.info("%s: format %s, because of its columns %s", path, name, ", ".join(columns[:8]))
+        for raw in itertools.chain(peeked, rows):
+            yield name, raw, _built(raw, build, ids)
+
+
+def gather(config: DataConfig, opening: Opening[T]) -> Gathered[T]:
+    """Every valid item of `config.path`, in order, and a Reject for every other row.
+
+    Raises:
+        InvalidValue, NothingToTrain, UnknownFormat, WrongEncoding, MissingColumn: a file as a whole cannot be read.
+        TooManyBadRows: more than `max_bad_share` of the rows are invalid; `config.rejects` is written before.
+    """
+    items: list[T] = []
+    rejects: list[Reject] = []
+    formats: set[Format] = set()
+    for name, raw, found in each_row(config, opening):
+        formats.add(name)
+        if isinstance(found, BadRow):
+            rejects.append(Reject(file=raw.file, row=raw.row, reason=str(found)))
+        else:
+            items.append(found)
+    if config.rejects is not None:
+        write_rejects(rejects, config.rejects)
+    num_rows = len(items) + len(rejects)
+    _check(num_rows, rejects, config)
+    return Gathered(items=_sample(items, config), rejects=tuple(rejects), formats=tuple(sorted(formats)), num_rows=num_rows)
+
+
+def _built(raw: RawRow, build: Callable[[RawRow, Ids], T], ids: Ids) -> T | BadRow:
+    try:
+        if raw.problem is not None:
+            raise BadRow(raw.problem)
+        return build(raw, ids)
+    except BadRow as bad:
+        return bad
+
+
+def _columns(rows: list[RawRow], path: Path) -> list[str]:
+    """Every column of the first rows, in order of appearance."""
+    columns = list(dict.fromkeys(str(name) for row in rows for name in row.values))
+    if not rows:
+        raise NothingToTrain(f"{path} holds no row. Set data.path to a file with at least one dialogue.")
+    if not columns:
+        raise UnknownFormat(f"{path}: its first {len(rows)} rows cannot be read ({rows[0].problem}). Mend the file or data.path.")
+    return columns
+
+
+def _check(num_rows: int, rejects: list[Reject], config: DataConfig) -> None:
+    num_bad = len(rejects)
+    shown = "; ".join(f"{r.file}:{r.row}: {r.reason}" for r in rejects[:3])
+    report = f"All are in {config.rejects}." if config.rejects else "Set data.rejects=FILE to have all of them listed."
+    if num_bad > config.max_bad_share * num_rows:
+        raise TooManyBadRows(
+            f"{num_bad} of {num_rows} rows are invalid, more than data.max_bad_share={config.max_bad_share:g} allows. "
+            f"The first: {shown}. {report} Mend them or raise the share."
+        )
+    if num_bad == num_rows:
+        raise NothingToTrain(f"{config.path} holds no valid row ({num_bad} invalid). {report}")
+    if num_bad:
+        _log.warning("%d of %d rows left out as invalid, the first: %s. %s", num_bad, num_rows, shown, report)
+
+
+def _sample(items: list[T], config: DataConfig) -> tuple[T, ...]:
+    """`limit` items drawn by hash, so that a file sorted by label still gives all labels; file order is kept."""
+    if config.limit is None or config.limit >= len(items):
+        return tuple(items)
+    drawn = sorted(range(len(items)), key=lambda i: _draw(config.seed, items[i].id))[: config.limit]
+    return tuple(items[i] for i in sorted(drawn))
+
+
+def _draw(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{name}".encode()).digest()
