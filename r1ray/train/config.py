@@ -5,7 +5,7 @@ Imports without torch and ray. Says nothing about where things live (settings) o
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,10 @@ from r1ray.train.blocks import DistillSettings, GrpoSettings
 from r1ray.train.parallel.layout import check_combination
 
 __all__ = ["FinetuneConfig", "LoraSettings", "Parallelism", "PromptSettings", "TrainConfig"]
+
+
+WorkerCount = Annotated[int, Field(ge=1)]
+WorkerRange = tuple[WorkerCount, WorkerCount]
 
 
 class LoraSettings(Config):
@@ -64,7 +68,9 @@ class Parallelism(Config):
 class TrainConfig(Config):
     """How to train. A batch is `batch_size` dialogues over all workers, so the same seed gives the same batches at any worker count."""
 
-    num_workers: int = Field(default=1, ge=1, description="Ray Train workers; with GPUs one worker is one GPU.")
+    num_workers: WorkerCount | WorkerRange = Field(
+        default=1, description="Ray Train workers, with GPUs one per GPU; [min, max] follows the cluster as nodes join and die."
+    )
     use_gpu: bool = Field(default=False, description="One GPU per worker.")
     cpus_per_worker: float = Field(default=1, gt=0, description="Logical CPUs that Ray reserves for a worker.")
     threads_per_worker: int | None = Field(
@@ -141,7 +147,11 @@ class TrainConfig(Config):
         if self.packing and self.method in ("prompt", "prefix"):
             raise ValueError(f"packing lays dialogues end to end, and method {self.method} goes before each of them; set packing=false")
         check_combination(self)
-        num_groups = self.num_workers // self.parallelism.split
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"num_workers [{self.min_workers}, {self.max_workers}] is an empty range; write [min, max]")
+        if self.is_elastic and self.parallelism.split > 1:
+            raise ValueError("num_workers cannot be a range where workers share a model (parallelism); set it to a number")
+        num_groups = self.max_workers // self.parallelism.split
         if self.objective == "grpo":
             self._can_compare_answers()
         if self.objective == "distill" and self.distill.teacher is None:
@@ -149,6 +159,19 @@ class TrainConfig(Config):
         if self.batch_size < num_groups:
             raise ValueError(f"batch_size {self.batch_size} leaves some of the {num_groups} workers idle; set batch_size to at least that")
         return self
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers follows the cluster."""
+        return self.min_workers < self.max_workers
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @property
     def rows_per_batch(self) -> int:
@@ -160,8 +183,9 @@ class TrainConfig(Config):
             raise ValueError("objective grpo has nobody to judge its answers; set train.grpo.rewards")
         if self.method not in ("lora", "full"):
             raise ValueError(f"objective grpo trains by lora or full, method is {self.method}; set one of these")
-        if self.batch_size % self.num_workers:
-            raise ValueError(f"grpo gives each worker as many prompts: batch_size {self.batch_size} is no multiple of {self.num_workers}")
+        uneven = [num for num in range(self.min_workers, self.max_workers + 1) if self.batch_size % num]
+        if uneven:
+            raise ValueError(f"grpo gives each worker as many prompts: batch_size {self.batch_size} is no multiple of {uneven[0]} workers")
         if self.grpo.max_new_tokens >= self.max_length:
             raise ValueError(
                 f"grpo.max_new_tokens {self.grpo.max_new_tokens} leaves no room for a prompt within max_length {self.max_length}; raise that"

@@ -68,8 +68,10 @@ def add_supervised_loss(model: PreTrainedModel) -> None:
     def forward(self: PreTrainedModel, *args: Any, supervised: bool = False, labels: Any = None, **kwargs: Any) -> Any:
         if not supervised:
             return usual(*args, **kwargs) if labels is None else usual(*args, labels=labels, **kwargs)
-        hidden_BTD = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state[:, :-1]
-        next_BT = labels[:, 1:]
+        next_BT = kwargs.pop("shift_labels", None)  # of a slice of a row, whose last position has a next token too
+        hidden_BTD = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
+        if next_BT is None:
+            hidden_BTD, next_BT = hidden_BTD[:, :-1], labels[:, 1:]
         trained_BT = next_BT != -100
         return summed_nll(self.get_output_embeddings()(hidden_BTD[trained_BT]), next_BT[trained_BT])
 

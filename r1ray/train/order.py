@@ -16,6 +16,7 @@ from r1ray.settings import Settings
 from r1ray.train import runs
 from r1ray.train.batches import BatchPlan, accumulation_steps
 from r1ray.train.config import TrainConfig
+from r1ray.train.parallel.layout import layout_of
 from r1ray.types import Artifact
 
 __all__ = ["Material", "WorkOrder", "num_threads", "plan_of", "resolve_order", "worker_bundles"]
@@ -66,15 +67,17 @@ def resolve_order(
     """The order for the workers of the run in `directory`; tells `say` what was chosen and why."""
     plan = plan_of(config, material.lengths())
     num_steps = min(plan.num_steps, config.max_steps or plan.num_steps)
-    accumulation = accumulation_steps(config.rows_per_batch, config.num_workers, config.micro_batch_size)
-    padding = 0.0 if config.packing else plan.padding_share(config.num_workers, accumulation)
+    layout = layout_of(config, config.max_workers)
+    accumulation = accumulation_steps(config.rows_per_batch, layout.data, config.micro_batch_size)
+    padding = 0.0 if config.packing else plan.padding_share(layout.data, accumulation)
     known = runs.load(directory)
     dtype, reason = (known.dtype, "the run began with it") if known else _dtype(config)
-    attention = config.attention if config.attention != "auto" else "sdpa" if config.use_gpu else "eager"
+    eager = not config.use_gpu and layout.sequence == 1
+    attention = config.attention if config.attention != "auto" else "eager" if eager else "sdpa"
     say(f"{directory.name} on {base.ref}")
     say(f"{material.told}, {padding:.1%} padding")
     budget = f", at most {config.max_seconds:.0f} s" if config.max_seconds else ""
-    say(f"{num_steps} steps of {config.batch_size} dialogues ({config.num_workers} workers x {accumulation} passes){budget}")
+    say(f"{num_steps} steps of {config.batch_size} dialogues ({_workers(config)} x {accumulation} passes){budget}")
     threads = f"{num_threads(config)} threads per worker"
     say(f"{config.objective}, {config.method}, ZeRO-{config.zero_stage}, {dtype} because {reason}, {attention} attention, {threads}")
     return WorkOrder(
@@ -91,13 +94,17 @@ def resolve_order(
 
 
 def worker_bundles(config: TrainConfig) -> list[dict[str, float]]:
-    """What the workers of one training reserve."""
-    return [{"CPU": config.cpus_per_worker, **({"GPU": 1.0} if config.use_gpu else {})}] * config.num_workers
+    """What the workers of one training reserve, the fewest where their number may change."""
+    return [{"CPU": config.cpus_per_worker, **({"GPU": 1.0} if config.use_gpu else {})}] * config.min_workers
 
 
 def num_threads(config: TrainConfig) -> int:
     """Of each worker, so that all of them together use every core once."""
-    return config.threads_per_worker or max(1, (os.cpu_count() or 1) // config.num_workers)
+    return config.threads_per_worker or max(1, (os.cpu_count() or 1) // config.max_workers)
+
+
+def _workers(config: TrainConfig) -> str:
+    return f"{config.min_workers} to {config.max_workers} workers" if config.is_elastic else f"{config.max_workers} workers"
 
 
 def _dtype(config: TrainConfig) -> tuple[str, str]:

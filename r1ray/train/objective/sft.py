@@ -46,5 +46,5 @@ class Supervised(Objective):
             packing=order.config.packing,
         )
         return SupervisedTrainer(
-            bench.model(), arguments, feed=feed, schedule=bench.schedule, tokenizer=tokenizer, callbacks=bench.callbacks
+            bench.model(), arguments, feed=bench.sliced(feed), schedule=bench.schedule, tokenizer=tokenizer, callbacks=bench.callbacks
         )

@@ -1,0 +1,1 @@
+"""Models that do not fit one worker: the model itself is split, by columns, by layers or by positions."""
