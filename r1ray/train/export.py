@@ -17,20 +17,23 @@ from r1ray.errors import TrainingError
 from r1ray.model import template
 from r1ray.model.checkpoint import INDEX, num_parameters, read_json, tensor_shapes, weight_files
 from r1ray.registry import MANIFEST, POLICY, Registry, weights_sha256
+from r1ray.train.card import model_card
 from r1ray.train.config import FinetuneConfig
+from r1ray.train.consolidate import with_weights
 from r1ray.types import Artifact, Manifest
 
 __all__ = ["Result", "export"]
 
 _ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
-_TRAINER_FILES = ("adapter_*", "*.safetensors", INDEX, "chat_template*", MANIFEST, POLICY)
+_TRAINER_FILES = ("README.md", "adapter_*", "*.safetensors", INDEX, "chat_template*", MANIFEST, POLICY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """A finished training, before it has a version."""
+    """A finished training, before it has a version. `dtype` is what it trained in, and what full weights are stored in."""
 
     checkpoint: Path
+    dtype: str
     config: FinetuneConfig
     base: Artifact
     data_hash: str
@@ -68,6 +71,7 @@ def export(result: Result, registry: Registry) -> Artifact:
             system_prompt=config.data.system_prompt,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+        (staged / "README.md").write_text(model_card(manifest), encoding="utf-8")
         return registry.register(staged, manifest, tags={"run_id": result.run_id})
 
 
@@ -107,7 +111,7 @@ def _take_adapter(result: Result, staged: Path) -> list[Path]:
 
 
 def _take_full(result: Result, staged: Path) -> list[Path]:
-    for file in [*weight_files(result.checkpoint), result.checkpoint / "config.json"]:
+    for file in [*with_weights(result.checkpoint, result.dtype), result.base.path / "config.json"]:
         shutil.copyfile(file, staged / file.name)
     if (index := result.checkpoint / INDEX).is_file():
         shutil.copyfile(index, staged / INDEX)

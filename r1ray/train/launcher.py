@@ -81,7 +81,8 @@ def _train(config: FinetuneConfig, order: WorkOrder, data_hash: str, registry: R
         metrics |= objective_of(config.train.objective).closing(order.run_directory, _say)
         tracked.log_metrics(metrics)
         last = _last_checkpoint(order)
-        result = Result(checkpoint=last, config=config, base=order.base, data_hash=data_hash, metrics=metrics, run_id=tracked.id)
+        trained = {"checkpoint": last, "dtype": order.dtype, "base": order.base, "data_hash": data_hash}
+        result = Result(**trained, config=config, metrics=metrics, run_id=tracked.id)
         artifact = export(result, registry)
         runs.store(order.run_directory, state, version=artifact.ref)
     _say(f"registered {artifact.ref}: {artifact.path}")

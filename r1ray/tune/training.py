@@ -59,8 +59,8 @@ def _prepare(
         tokenise(part, base, config.data, max_length=config.train.max_length, cache=settings.cache) for part in divide(config.data, sweep)
     ]
     train = config.train
-    threads = train.threads_per_worker or max(1, (os.cpu_count() or 1) // (train.num_workers * num_concurrent))
-    once = {"threads_per_worker": threads, "max_failures": 0, "checkpoint_every_seconds": None, "num_checkpoints": 1}
+    threads = train.threads_per_worker or max(1, (os.cpu_count() or 1) // (train.min_workers * num_concurrent))
+    once = {"num_workers": train.min_workers, "threads_per_worker": threads, "max_failures": 0, "checkpoint_every_seconds": None, "num_checkpoints": 1}
     return resolve_order(train.model_copy(update=once), base, sets[0], directory, settings, _log.info), sets[1]
 
 
@@ -80,6 +80,9 @@ def _trained_model(order: WorkOrder, trained: Path) -> Any:
     if order.config.method == "full":
         from transformers import AutoModelForCausalLM
 
+        from r1ray.train.consolidate import with_weights
+
+        with_weights(trained, order.dtype)
         return AutoModelForCausalLM.from_pretrained(trained, dtype=getattr(torch, order.dtype)).eval()
     from peft import PeftModel
 

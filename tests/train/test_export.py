@@ -30,7 +30,7 @@ def trained(base, out: Path, value: float) -> Result:
                 parameter.fill_(value)
     model.save_pretrained(out)
     config = load_config(FinetuneConfig, None, ["name=tuned", "data.path=x", "data.system_prompt=Help.", "collection=bank"])
-    return Result(checkpoint=out, config=config, base=base, data_hash="d", metrics={"train_loss": 1.0}, run_id="run")
+    return Result(checkpoint=out, dtype="float32", config=config, base=base, data_hash="d", metrics={"train_loss": 1.0}, run_id="run")
 
 
 def test_an_adapter_is_registered_with_all_that_serving_needs(base, registry, tmp_path) -> None:
@@ -47,3 +47,19 @@ def test_an_empty_or_broken_adapter_is_not_registered(base, registry, tmp_path, 
     with pytest.raises(TrainingError, match="lora_B"):
         export(trained(base, tmp_path, value), registry)
     assert [model.name for model in registry.models()] == ["tiny"]
+
+
+def test_the_card_says_what_the_version_is_and_what_it_came_from(base, registry, tmp_path) -> None:
+    artifact = export(trained(base, tmp_path, 0.01), registry)
+    card = (artifact.path / "README.md").read_text()
+    for said in (
+        "base_model: tiny",
+        "- lora",
+        f"| base | {base.ref} |",
+        "| train_loss | 1 |",
+        "| lora.rank | 16 |",
+        "Help.",
+        artifact.manifest.weights_sha256,
+    ):
+        assert said in card
+    assert "prompt.num_virtual_tokens" not in card, "settings of another method"
