@@ -1,42 +1,63 @@
-"""What a calibration found, kept per weights and machine, so that `dtype: auto` can look it up. Measures nothing itself."""
+"""What a calibration found, kept per weights and machine, and what `dtype: auto` makes of it. Measures nothing itself."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from r1ray.settings import Settings
 from r1ray.types import Artifact
 
-__all__ = ["Calibration", "load_calibration", "store_calibration"]
+__all__ = ["LARGEST_LOSS", "Calibration", "choose", "load_calibration", "store_calibration"]
 
 log = logging.getLogger(__name__)
+
+LARGEST_LOSS = 0.015  # seeds: the accuracy that quantisation may cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """`tokens_per_s[precision][streams]`, `perplexity[precision]`; `chosen` and why."""
+    """Per precision: perplexity, the share of first choices that are float32's, tokens/s by streams; what was chosen and why."""
 
     num_tokens: int
     perplexity: Mapping[str, float]
+    agreement: Mapping[str, float]
     tokens_per_s: Mapping[str, Mapping[str, float]]
     chosen: str
     reason: str
 
 
 def load_calibration(artifact: Artifact, settings: Settings) -> Calibration | None:
-    """What `calibrate` found for these weights on this kind of machine; None when it never ran."""
+    """What `calibrate` found for these weights on this kind of machine; None when it never ran.
+
+    For an adapter it is its base's finding without int4: merged weights no longer lie where the base's codes did.
+    """
     try:
-        return Calibration(**json.loads(_file(artifact, settings).read_text(encoding="utf-8")))
+        found = Calibration(**json.loads(_file(artifact, settings).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
         log.warning("the calibration of %s cannot be read (%s); calibrate again", artifact.ref, error)
         return None
+    if artifact.manifest.base_sha256 is None or found.chosen != "int4":
+        return found
+    chosen, reason = choose({name: value for name, value in found.perplexity.items() if name != "int4"}, found.tokens_per_s)
+    return replace(found, chosen=chosen, reason=f"{reason}; int4 is not for merged adapters")
+
+
+def choose(perplexity: Mapping[str, float], speed: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
+    """The fastest at the batch sizes measured (geometric mean) among those within the bound, and why."""
+    losses = {precision: value / perplexity["float32"] - 1 for precision, value in perplexity.items()}
+    within = [precision for precision, loss in losses.items() if loss <= LARGEST_LOSS]
+    mean = {precision: math.prod(speed[precision].values()) ** (1 / len(speed[precision])) for precision in within}
+    chosen = max(within, key=lambda precision: mean[precision])
+    out = [f"{precision} loses {losses[precision]:+.1%}" for precision in losses if precision not in within]
+    return chosen, "; ".join([f"{mean[chosen]:.0f} tokens/s, perplexity {losses[chosen]:+.2%} to float32", *out])
 
 
 def store_calibration(artifact: Artifact, settings: Settings, found: Calibration) -> Path:
@@ -50,6 +71,6 @@ def store_calibration(artifact: Artifact, settings: Settings, found: Calibration
 
 
 def _file(artifact: Artifact, settings: Settings) -> Path:
-    """An adapter is held in the precision of its base: its own update is merged before rounding."""
+    """A base's finding serves its adapters."""
     weights = artifact.manifest.base_sha256 or artifact.manifest.weights_sha256
     return settings.cache / "calibration" / f"{weights[:16]}-{platform.node()}.json"

@@ -153,8 +153,10 @@ def _native_precision(artifact: Artifact, config: EngineConfig, registry: Regist
         return precision
     if config.backend == "native":
         raise UnsupportedModel(f"engine.backend=native cannot run this model here: {why}. Set engine.backend=auto.")
-    if config.dtype == "int8":
-        raise UnsupportedModel(f"engine.dtype=int8 needs the native backend, which does not run here: {why}. Set engine.dtype=auto.")
+    if config.dtype in ("int8", "int4"):
+        raise UnsupportedModel(
+            f"engine.dtype={config.dtype} needs the native backend, which does not run here: {why}. Set engine.dtype=auto."
+        )
     log.info("engine backend: transformers (%s)", why)
     return None
 
@@ -193,7 +195,8 @@ def _pipeline(
             f"{artifact.ref} is an adapter that cannot be merged layer by layer. Merge it first, or set engine.stages=1."
         )
     device = choose_device(config.device)
-    wanted = choose_dtype(device)[0] if config.dtype == "auto" else getattr(torch, "bfloat16" if config.dtype == "int8" else config.dtype)
+    held = "bfloat16" if config.dtype in ("int8", "int4") else config.dtype  # of layers that the kernels do not run
+    wanted = choose_dtype(device)[0] if held == "auto" else getattr(torch, held)
     bytes_per_token = native_bytes(Shape.of(shape), precision) if precision else kv_bytes_per_token(shape, wanted)
     assert config.max_context is not None and config.num_threads is not None, "create_engine has filled them in"
     ranges = _split(shape, config.stages)

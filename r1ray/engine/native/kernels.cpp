@@ -6,7 +6,8 @@
 //
 // Shapes: M packed tokens, N outputs, K inputs of a product; H query heads, G query heads per key head, D head size.
 // Every sum runs over K in one order whatever the number of rows: a sequence has the same logits, to the last bit, in any company.
-// Packed matrices lie in panels of PANEL columns: f32 [K][32], bf16 [K/2][32][2], u8 [K/4][32][4] (the int8 weight + 128).
+// Packed matrices lie in panels of PANEL columns: f32 [K][32], bf16 [K/2][32][2], u8 [K/4][32][4] (the int8 weight + 128), and for int4
+// a run per NIBBLES inputs: 32 steps and 32 lows (f16), then u4 [NIBBLES/4][2][16][4], the two sixteens in the low and high halves of a byte.
 // Knows no scheduling, no sampling and no Python; model.py holds its twin of every struct.
 
 #include <immintrin.h>
@@ -23,16 +24,18 @@
 
 namespace {
 
-constexpr int ABI = 1;       // raised with every change of a struct
+constexpr int ABI = 2;       // raised with every change of a struct or a layout
 constexpr int PANEL = 32;    // columns of a packed panel: two registers of 16 floats
 constexpr int BLOCK = 32;    // positions of a KV block; also a panel of keys
+constexpr int NIBBLES = 32;  // inputs that share an int4 step and low
+constexpr int NIBBLES_BYTES = 4 * PANEL + NIBBLES * PANEL / 2;
 constexpr int AHEAD = 2048;  // bytes of weights that are fetched before their turn
 constexpr int PHASES_PER_LAYER = 16, PHASES_AROUND = 4;  // upper bounds
 constexpr int SPINS = 4000;  // of a waiting thread before it offers its core to others
 
 enum Part { START, NORM, QKV, ROTATE, ATTENTION, OUTPUT, GATE_UP, DOWN, HEAD, NUM_PARTS };
 
-enum Kind : int32_t { F32 = 0, BF16 = 1, INT8 = 2 };
+enum Kind : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 
 extern "C" {
 
@@ -239,11 +242,11 @@ inline __m512 silu(__m512 gate, __m512 up) {
 
 // --- the register tile: ROWS x PANEL of a product, for each kind of number
 
-struct Operand {  // the left side: rows of numbers, and for int8 their scales per group
+struct Operand {  // the left side: rows of numbers, and for int8 (with int8 or int4 weights) their scales per group
   const void *data;
   ptrdiff_t stride;  // numbers per row
   const float *scale;
-  const int32_t *start;  // -128 * (sum of the group): undoes the offset of the unsigned weights
+  const int32_t *start;  // -128 * (sum of the group): undoes the offset of the unsigned weights; int4: a float's bits, scale * sum
   ptrdiff_t groups;
   Operand row(int m, int kind) const {
     const char *bytes = static_cast<const char *>(data);
@@ -324,6 +327,42 @@ inline __attribute__((always_inline)) void tile_int8(const Operand &x, const uin
   }
 }
 
+// An int4 weight is low + step * code, so a group's share is step * scale * (codes . x) + low * (scale * sum of x).
+template <int ROWS>
+inline __attribute__((always_inline)) void tile_int4(const Operand &x, const uint8_t *w, int k, Accumulator<ROWS> &sum) {
+  const int8_t *a = static_cast<const int8_t *>(x.data);
+  const __m512i low_half = _mm512_set1_epi8(15);
+  for (int g = 0; g * NIBBLES < k; ++g, w += NIBBLES_BYTES) {
+    __m512i part[ROWS][2];
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; ++m) part[m][0] = part[m][1] = _mm512_setzero_si512();
+    const uint8_t *codes = w + 4 * PANEL;
+    for (int i = g * NIBBLES; i < (g + 1) * NIBBLES; i += 4, codes += 2 * PANEL) {
+      _mm_prefetch(reinterpret_cast<const char *>(codes) + AHEAD, _MM_HINT_T0);
+      const __m512i both = _mm512_loadu_si512(codes);
+      const __m512i w0 = _mm512_and_si512(both, low_half), w1 = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_half);
+#pragma GCC unroll 16
+      for (int m = 0; m < ROWS; ++m) {
+        int32_t four;
+        memcpy(&four, a + m * x.stride + i, 4);
+        const __m512i v = _mm512_set1_epi32(four);
+        asm("vpdpbusd %2, %1, %0" : "+v"(part[m][0]) : "v"(w0), "v"(v));
+        asm("vpdpbusd %2, %1, %0" : "+v"(part[m][1]) : "v"(w1), "v"(v));
+      }
+    }
+    const __m256i *ends = reinterpret_cast<const __m256i *>(w);
+    const __m512 step0 = _mm512_cvtph_ps(_mm256_loadu_si256(ends)), step1 = _mm512_cvtph_ps(_mm256_loadu_si256(ends + 1));
+    const __m512 low0 = _mm512_cvtph_ps(_mm256_loadu_si256(ends + 2)), low1 = _mm512_cvtph_ps(_mm256_loadu_si256(ends + 3));
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; ++m) {
+      const __m512 scale = _mm512_set1_ps(x.scale[m * x.groups + g]);
+      const __m512 total = _mm512_castsi512_ps(_mm512_set1_epi32(x.start[m * x.groups + g]));
+      sum[m][0] = _mm512_fmadd_ps(low0, total, _mm512_fmadd_ps(_mm512_cvtepi32_ps(part[m][0]), _mm512_mul_ps(step0, scale), sum[m][0]));
+      sum[m][1] = _mm512_fmadd_ps(low1, total, _mm512_fmadd_ps(_mm512_cvtepi32_ps(part[m][1]), _mm512_mul_ps(step1, scale), sum[m][1]));
+    }
+  }
+}
+
 struct Sink {  // where a product's sums go; one type for all, since every further one would compile all tiles again
   enum Way { SET, ADD, GATE, PAIR } way;
   float *out;
@@ -340,7 +379,7 @@ struct Sink {  // where a product's sums go; one type for all, since every furth
 };
 
 template <int KIND>
-constexpr int most_rows = KIND == INT8 ? 6 : 12;
+constexpr int most_rows = KIND == INT8 || KIND == INT4 ? 6 : 12;
 
 template <int KIND, int ROWS>
 void tile(const Operand &x, const Linear &linear, int panel, int row, const Sink &sink) {
@@ -350,6 +389,7 @@ void tile(const Operand &x, const Linear &linear, int panel, int row, const Sink
   if constexpr (KIND == F32) tile_f32<ROWS>(static_cast<const float *>(x.data), x.stride, static_cast<const float *>(linear.weight) + offset, linear.k, sum);
   if constexpr (KIND == BF16) tile_bf16<ROWS>(static_cast<const uint16_t *>(x.data), x.stride, static_cast<const uint16_t *>(linear.weight) + offset, linear.k, sum);
   if constexpr (KIND == INT8) tile_int8<ROWS>(x, static_cast<const uint8_t *>(linear.weight) + offset, linear.k, linear.group, sum);
+  if constexpr (KIND == INT4) tile_int4<ROWS>(x, static_cast<const uint8_t *>(linear.weight) + offset / (NIBBLES * PANEL) * NIBBLES_BYTES, linear.k, sum);
   const int column = panel * PANEL;
   if (linear.scale) {
     const __m512 s0 = _mm512_loadu_ps(linear.scale + column), s1 = _mm512_loadu_ps(linear.scale + column + 16);
@@ -391,6 +431,7 @@ void product(const Operand &x, int num_rows, const Linear &linear, Range panels,
   switch (linear.kind) {
     case F32: return product_of<F32>(x, num_rows, linear, panels, sink);
     case BF16: return product_of<BF16>(x, num_rows, linear, panels, sink);
+    case INT4: return product_of<INT4>(x, num_rows, linear, panels, sink);
     default: return product_of<INT8>(x, num_rows, linear, panels, sink);
   }
 }
@@ -399,7 +440,7 @@ int padded(int n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
 // --- rows of floats into the left side of a product
 
-void quantise_group(const float *x, int num, int8_t *out, float *scale, int32_t *start) {
+void quantise_group(const float *x, int num, bool offset_weights, int8_t *out, float *scale, int32_t *start) {
   __m512 largest = _mm512_setzero_ps();
   for (int i = 0; i < num; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
   const float peak = _mm512_reduce_max_ps(largest);
@@ -411,7 +452,10 @@ void quantise_group(const float *x, int num, int8_t *out, float *scale, int32_t 
     _mm_storeu_si128(reinterpret_cast<__m128i *>(out + i), _mm512_cvtsepi32_epi8(rounded));
   }
   *scale = peak / 127.f;
-  *start = -128 * _mm512_reduce_add_epi32(total);
+  const int32_t sum = _mm512_reduce_add_epi32(total);
+  const float scaled = *scale * float(sum);
+  if (offset_weights) *start = -128 * sum;
+  else memcpy(start, &scaled, 4);
 }
 
 class Left {  // rows of floats in the form that a product takes; each product fills it anew
@@ -432,18 +476,18 @@ class Left {  // rows of floats in the form that a product takes; each product f
       for (; i + 16 <= k; i += 16) _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
       for (; i < k; ++i) out[i] = to_bf16(x[i]);
     }
-    if (linear.kind == INT8) {
+    if (linear.kind == INT8 || linear.kind == INT4) {
       int8_t *out = reinterpret_cast<int8_t *>(bytes_.get()) + at;
       for (int g = 0; g < num_groups; ++g) {
         const size_t slot = size_t(row) * num_groups + g;
-        quantise_group(x + g * linear.group, linear.group, out + g * linear.group, scale_.get() + slot, start_.get() + slot);
+        quantise_group(x + g * linear.group, linear.group, linear.kind == INT8, out + g * linear.group, scale_.get() + slot, start_.get() + slot);
       }
     }
   }
   Operand operand(const Linear &linear) const { return {bytes_.get(), linear.k, scale_.get(), start_.get(), groups(linear)}; }
 
  private:
-  static int groups(const Linear &linear) { return linear.kind == INT8 ? linear.k / linear.group : 0; }
+  static int groups(const Linear &linear) { return linear.kind == INT8 || linear.kind == INT4 ? linear.k / linear.group : 0; }
   Buffer<char> bytes_;
   Buffer<float> scale_;
   Buffer<int32_t> start_;

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from r1ray.engine.backend import Piece
-from r1ray.engine.native import build, structs
+from r1ray.engine.native import build, structs, weights
 from r1ray.engine.native.model import NativeModel, NativeOptions, Shape, kv_bytes_per_token, refusal
 from r1ray.engine.native.weights import interleave, pack
 from r1ray.errors import UnsupportedModel
@@ -105,7 +105,7 @@ def test_variants_of_the_family_equal_transformers(changes):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("precision", "error"), [("bfloat16", 0.02), ("int8", 0.04)])
+@pytest.mark.parametrize(("precision", "error"), [("bfloat16", 0.02), ("int8", 0.04), ("int4", 0.4)])
 def test_rounded_weights_stay_near(precision, error):
     """Relative to the spread of the logits; int8 rounds weights and activations of a model that has no redundancy at all."""
     model, ids = model_of(hidden_size=192), [random.Random(3).randrange(333) for _ in range(90)]
@@ -116,7 +116,7 @@ def test_rounded_weights_stay_near(precision, error):
 
 
 @needs_kernels
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4"])
 def test_a_sequence_has_the_same_logits_in_any_company(precision):
     """To the last bit: what shares the pass decides no rounding."""
     native, rng = native_of(model_of(), precision), random.Random(4)
@@ -156,6 +156,48 @@ def test_packed_int8_weights_are_the_rounded_ones():
     assert packed.group == 64
 
 
+def test_packed_int4_weights_are_within_half_a_step():
+    weight = torch.randn(40, 64) + 0.5
+    packed = pack(weight, "int4")
+    assert (packed.group, packed.weight.shape) == (32, (2, 2, 640))
+    torch.testing.assert_close(unpacked(packed), weight, rtol=0, atol=float((weight.max() - weight.min()) / 30) + 1e-3)
+
+
+def unpacked(packed):
+    """The weights that int4 codes stand for, (n, k)."""
+    panels, groups = packed.weight.shape[:2]
+    ends = packed.weight[..., :128].contiguous().view(torch.float16).float().view(panels, groups, 2, 32)
+    step, low = ends[:, :, 0, :, None], ends[:, :, 1, :, None]
+    codes = packed.weight[..., 128:].view(panels, groups, 8, 16, 4).transpose(2, 3).reshape(panels, groups, 16, 32)
+    columns = torch.cat([codes & 15, codes >> 4], dim=2).float() * step + low
+    return columns.transpose(1, 2).reshape(panels * 32, packed.k)[: packed.n]
+
+
+@needs_kernels
+def test_int4_computes_with_the_weights_that_it_holds():
+    """What is left is the rounding of activations: as near as int8 comes."""
+    model, ids = model_of(hidden_size=192), [random.Random(3).randrange(333) for _ in range(90)]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_proj.weight"):
+                parameter.copy_(unpacked(pack(parameter, "int4")))
+        right = model(torch.tensor([ids])).logits[0, [59, 89]]
+    got = logits_in_pieces(native_of(model, "int4"), ids, [60])
+    assert float((got - right).norm() / right.norm()) < 0.04
+
+
+def test_a_matrix_is_packed_the_same_in_parts(monkeypatch):
+    weight = torch.randn(100, 64)
+    for precision in ("float32", "bfloat16", "int8", "int4"):
+        whole = pack(weight, precision)
+        with monkeypatch.context() as patch:
+            patch.setattr(weights, "ROWS_AT_ONCE", 32)
+            parts = pack(weight, precision)
+        assert torch.equal(whole.weight, parts.weight)
+        assert (whole.scale is None) == (parts.scale is None)
+        assert whole.scale is None or torch.equal(whole.scale, parts.scale)
+
+
 def test_gate_and_up_share_panels():
     gate, up = torch.arange(20.0)[:, None].expand(20, 2), 100 + torch.arange(20.0)[:, None].expand(20, 2)
     joined = interleave(gate, up)[:, 0].tolist()
@@ -172,6 +214,7 @@ def test_gate_and_up_share_panels():
         (LlamaConfig(hidden_act="gelu"), "bfloat16", "activation gelu"),
         (LlamaConfig(mlp_bias=True), "bfloat16", "biases in the MLP"),
         (LlamaConfig(head_dim=64, hidden_size=1000, num_attention_heads=10, num_key_value_heads=10), "int8", "sizes 1000"),
+        (LlamaConfig(head_dim=64, hidden_size=1000, num_attention_heads=10, num_key_value_heads=10), "int4", "sizes 1000"),
         (Qwen2Config(use_sliding_window=True, max_window_layers=0, sliding_window=64), "bfloat16", "sliding-window"),
         (LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "bfloat16", "type dynamic"),
     ],
