@@ -101,6 +101,15 @@ class PacedTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Not the weights where every rank saves its shard of them: transformers would write those twice."""
+        engine = self.accelerator.deepspeed_engine_wrapped
+        zero = engine.engine.config.get("zero_optimization", {}) if engine is not None else {}
+        if zero.get("stage") != 3 or zero.get("stage3_gather_16bit_weights_on_model_save"):
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save and output_dir is not None:
+            self.accelerator.unwrap_model(self.model).config.save_pretrained(output_dir)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         Trainer._save_checkpoint(self, model, trial)  # without TRL's model card: the manifest says it all
 
