@@ -34,6 +34,7 @@
     │   ├── GenerationFailed        the model gave no usable logits for one request
     │   └── EngineStopped           the engine died or was shut down while the request ran
     ├── EvaluationError             an evaluation set or task that cannot be scored
+    ├── CompressionError            a smaller model that cannot be made, or that answers too differently
     ├── TuningError                 a search that cannot run or has no finished trial
     ├── RetrievalError
     │   └── CollectionNotFound      no index of that name
@@ -52,6 +53,7 @@ __all__ = [
     "ClusterTooSmall",
     "ClusterUnreachable",
     "CollectionNotFound",
+    "CompressionError",
     "ConfigError",
     "DataError",
     "DiskFull",
@@ -188,6 +190,9 @@ class EngineStopped(EngineError): ...
 
 
 class EvaluationError(R1RayError): ...
+
+
+class CompressionError(R1RayError): ...
 
 
 class TuningError(R1RayError): ...

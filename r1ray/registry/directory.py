@@ -52,14 +52,14 @@ _log = logging.getLogger(__name__)
 
 
 def weights_sha256(directory: Path) -> str:
-    """Hash over the contents of `*.safetensors` in name order.
+    """Hash over the contents of `*.safetensors`, or of an ONNX export's graphs and weights, in name order.
 
     Raises:
-        ArtifactInvalid: the directory holds none.
+        ArtifactInvalid: the directory holds neither.
     """
-    files = sorted(directory.glob("*.safetensors"))
+    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.onnx*"))
     if not files:
-        raise ArtifactInvalid(f"{directory} holds no *.safetensors file. Save the model with save_pretrained first.")
+        raise ArtifactInvalid(f"{directory} holds neither *.safetensors nor *.onnx. Save the model with save_pretrained first.")
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

@@ -1,0 +1,1 @@
+"""Artifact in, smaller artifact out, behind an accuracy gate."""
