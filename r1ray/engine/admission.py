@@ -8,14 +8,22 @@ from collections.abc import Sequence
 from r1ray.engine.protocol import GenerationRequest
 from r1ray.errors import InvalidRequest, PromptTooLong
 
-__all__ = ["check_prompt", "clipped_max_tokens"]
+__all__ = ["check_beams", "check_prompt", "clipped_max_tokens"]
 
 log = logging.getLogger(__name__)
 
 
-def check_prompt(request: GenerationRequest, *, context_length: int, vocab_size: int | None = None) -> None:
-    """Raises InvalidRequest (empty, or an id outside the vocabulary, in the bias too) or PromptTooLong (no room for one token)."""
+MOST_BEAMS = 64
+
+
+def check_prompt(request: GenerationRequest, *, context_length: int, vocab_size: int | None = None, beams: bool = False) -> None:
+    """Raises InvalidRequest (empty, or an id outside the vocabulary, in the bias too) or PromptTooLong (no room for one token).
+
+    `beams`: whether the engine searches them.
+    """
     num_prompt = len(request.prompt_ids)
+    if request.num_beams > 1 and not beams:
+        raise InvalidRequest(f"Request {request.id} wants {request.num_beams} beams; this engine searches none. Set num_beams=1.")
     if num_prompt == 0:
         raise InvalidRequest(f"Request {request.id} has an empty prompt. Send at least one token.")
     if num_prompt >= context_length:
@@ -28,6 +36,19 @@ def check_prompt(request: GenerationRequest, *, context_length: int, vocab_size:
             _check_ids(request.id, what, ids, vocab_size)
         if not 0 <= (request.num_logprobs or 0) <= vocab_size:
             raise InvalidRequest(f"Request {request.id} asks for {request.num_logprobs} logprobs; give 0 to {vocab_size}.")
+
+
+def check_beams(request: GenerationRequest) -> None:
+    """Raises InvalidRequest for what a beam search has no meaning for or no room."""
+    sampling = request.sampling
+    penalised = sampling.repetition_penalty != 1 or sampling.frequency_penalty or sampling.presence_penalty
+    if not 1 <= request.num_beams <= MOST_BEAMS:
+        raise InvalidRequest(f"Request {request.id} wants {request.num_beams} beams; give 1 to {MOST_BEAMS}.")
+    if request.num_beams > 1 and (sampling.temperature or penalised or request.prompt_logprobs):
+        raise InvalidRequest(
+            f"Request {request.id} wants {request.num_beams} beams, which search for the likeliest answer: "
+            "set temperature=0, no penalties and no prompt_logprobs."
+        )
 
 
 def _check_ids(request_id: str, what: str, ids: Sequence[int], vocab_size: int) -> None:

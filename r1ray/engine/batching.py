@@ -22,6 +22,7 @@ from torch import Tensor
 
 from r1ray.engine.admission import check_prompt, clipped_max_tokens
 from r1ray.engine.backend import BLOCK_SIZE, Backend, Piece
+from r1ray.engine.beam import BEAM, Ranking, search_beams
 from r1ray.engine.blocks import BlockPool
 from r1ray.engine.cap import BatchCap
 from r1ray.engine.config import EngineConfig
@@ -48,6 +49,7 @@ class BatchingEngine:
         {
             "abort",
             "adapters",
+            "beam_search",
             "chunked_prefill",
             "continuous_batching",
             "keep_stop",
@@ -108,7 +110,12 @@ class BatchingEngine:
         self._thread.start()
         weakref.finalize(self, _halt, self._inbox, self._thread)
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
+        if request.num_beams == 1:
+            return self._one(request)
+        return search_beams(request, self._ranking(request), self._submit, self._abandon)
+
+    async def _one(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         stream = self._submit(request)
         ended = False
         try:
@@ -120,13 +127,26 @@ class BatchingEngine:
                 yield item
         finally:
             if not ended:
-                self._inbox.put(lambda: self._abort(stream))
+                self._abandon(stream)
+
+    def _ranking(self, request: GenerationRequest) -> Ranking:
+        has_room = self.config.num_slots - len(self._open) >= request.num_beams
+        return Ranking(
+            num_beams=request.num_beams if has_room else min(self.config.busy_beams or request.num_beams, request.num_beams),
+            length_penalty=request.length_penalty,
+            max_tokens=clipped_max_tokens(request, context_length=self.context_length),
+            stop_ids=() if request.ignore_eos else self.eos_token_ids | frozenset(request.stop_token_ids),
+            vocab_size=self._backend.vocab_size,
+        )
+
+    def _abandon(self, stream: Stream) -> None:
+        self._inbox.put(lambda: self._abort(stream))
 
     async def abort(self, request_id: str) -> None:
         with self._lock:
-            stream = self._open.get(request_id)
-        if stream is not None:
-            self._inbox.put(lambda: self._abort(stream))
+            found = [stream for id_, stream in self._open.items() if id_ == request_id or id_.startswith(request_id + BEAM)]
+        for stream in found:
+            self._abandon(stream)
 
     async def load_adapter(self, name: str, path: Path) -> None:
         done: Future[None] = Future()
@@ -172,7 +192,8 @@ class BatchingEngine:
             error=self._error,
         )
 
-    def _submit(self, request: GenerationRequest) -> Stream:
+    def _submit(self, request: GenerationRequest, *, room: int = 1) -> Stream:
+        """`room`: for how many streams there must be room in the queue; 0 for one that carries on what runs already."""
         check_prompt(request, context_length=self.context_length, vocab_size=self._backend.vocab_size)
         if request.adapter is not None and request.adapter not in self._backend.adapters:
             raise UnknownAdapter(f"No adapter {request.adapter!r} is loaded; loaded: {sorted(self._backend.adapters)}. Load it first.")
@@ -184,10 +205,11 @@ class BatchingEngine:
             rng=new_rng(request.sampling),
         )
         with self._lock:
-            self._check_running()
+            if room or self._state != "draining":
+                self._check_running()
             if request.id in self._open:
                 raise InvalidRequest(f"Request id {request.id} is running already. Give each request its own id.")
-            if len(self._open) >= self.config.num_slots + self.config.max_waiting:
+            if room and len(self._open) + room > self.config.num_slots + self.config.max_waiting:
                 raise QueueFull(f"{self.config.max_waiting} requests wait already, which is the limit. Retry later.")
             self._open[request.id] = stream
         self._inbox.put(lambda: self._scheduler.add(stream))

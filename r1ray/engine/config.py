@@ -55,6 +55,11 @@ class EngineConfig(Config):
         description="Longest time between two tokens of a stream: fewer than num_slots run together when it is exceeded; null: always all.",
     )
     min_slots: int = Field(default=4, ge=1, description="Streams that run together whatever tpot_objective_ms says (seed 002: 4 to 32).")
+    busy_beams: int | None = Field(
+        default=None,
+        ge=1,
+        description="Beams of a search that begins while fewer slots are free than it wants (seed 000: 5 to 2); null: as many as it wants.",
+    )
     max_waiting: int = Field(default=256, ge=0, description="Requests that may wait for a slot; one more is refused (QueueFull).")
     max_context: int | None = Field(default=None, ge=2, description="Prompt plus answer in tokens; null is the model's own limit.")
     dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = Field(

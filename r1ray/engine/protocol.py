@@ -34,6 +34,8 @@ class GenerationRequest:
     `logit_bias` is added to the logits of its token ids. `num_logprobs` asks for those of each token and of so many likeliest ones.
     `prompt_logprobs` asks for that of each prompt token but the first; such a prompt is computed whole, cached or not.
     Only requests with the same `cache_salt` (a tenant's, say) share computed prefixes.
+    `num_beams` above 1 searches for the likeliest answer instead of drawing one (capability `beam_search`): it comes as one chunk at the
+    end, and the sum of its log-probabilities, divided by its length to the power of `length_penalty`, is the highest that was found.
     """
 
     id: str
@@ -50,6 +52,8 @@ class GenerationRequest:
     prompt_logprobs: bool = False
     cache_salt: str = ""
     mask: Mask | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -171,6 +171,7 @@ def _shared_fields(body: ChatBody | CompletionBody) -> dict[str, Any]:
         "min_tokens": body.min_tokens or 0,
         "ignore_eos": bool(body.ignore_eos),
         "logit_bias": body.bias,
+        "num_beams": body.num_beams or 1,
     }
 
 

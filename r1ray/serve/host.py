@@ -10,10 +10,11 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from r1ray.engine.protocol import Engine, GenerationRequest, TokenChunk
 from r1ray.errors import EngineStopped
@@ -155,6 +156,7 @@ class ModelHost:
     async def _answer(self, live: LoadedVersion, request: TextRequest) -> AsyncGenerator[Event, None]:
         prompt_ids = self._prompt_ids(live, request)
         sampling = resolve(live.artifact.policy, request.task, request.overrides)
+        sampling = _searching(sampling, request.overrides) if request.num_beams > 1 else sampling
         prefilled = live.codec.thinking(prompt_ids) if request.messages else None
         text = TextAssembler(live.codec.decode, sampling.stop, prefilled=prefilled)
         chunks = live.engine.generate(_generation(request, prompt_ids, sampling))
@@ -211,7 +213,14 @@ def _generation(request: TextRequest, prompt_ids: tuple[int, ...], sampling: Sam
         ignore_eos=request.ignore_eos,
         min_tokens=request.min_tokens,
         logit_bias=request.logit_bias,
+        num_beams=request.num_beams,
     )
+
+
+def _searching(sampling: Sampling, overrides: Mapping[str, Any]) -> Sampling:
+    """Without what a version's policy says about drawing: a beam search draws nothing. What the request itself asks for is kept."""
+    neutral = {"temperature": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+    return sampling.model_copy(update={name: value for name, value in neutral.items() if name not in overrides})
 
 
 def registry_host(args: ModelArgs) -> ModelHost:

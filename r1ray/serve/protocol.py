@@ -33,6 +33,7 @@ class TextRequest:
     min_tokens: int = 0
     ignore_eos: bool = False
     logit_bias: tuple[tuple[int, float], ...] = ()
+    num_beams: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,6 +68,7 @@ class _GenerationBody(_Body):
     logit_bias: dict[int, float] | None = None
     min_tokens: int | None = Field(default=None, ge=0)
     ignore_eos: bool | None = None
+    num_beams: int | None = Field(default=None, ge=1)
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     task: str | None = None

@@ -155,6 +155,13 @@ def test_a_death_under_load_is_an_error_object_at_once_and_the_replica_is_rebuil
     assert wait_until(lambda: (num_groups(), free_cpus()) == before, 30), f"{(num_groups(), free_cpus())} instead of {before}"
 
 
+def test_a_beam_search_runs_over_the_stages(deployed: Deployed) -> None:
+    body = {**BODY, "stream": False, "max_tokens": 12, "num_beams": 3}
+    answers = [httpx.post(f"{deployed.url}/v1/chat/completions", json=body, timeout=60).json() for _ in range(2)]
+    assert [answer["usage"]["completion_tokens"] for answer in answers] == [12, 12]
+    assert answers[0]["choices"][0]["message"] == answers[1]["choices"][0]["message"]
+
+
 def test_a_stage_that_dies_while_nobody_asks_is_replaced_all_the_same(deployed: Deployed) -> None:
     replica, (stage,) = deployed.load["pid"], stage_pids()
     os.kill(stage, signal.SIGKILL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -29,6 +30,22 @@ def test_the_system_prompt_of_the_training_is_added_only_where_none_is(fakes) ->
         return await text_of(host, ask()), await text_of(host, own), await text_of(overridden, ask())
 
     assert asyncio.run(run()) == ("<system>be kind<user>hi<assistant>", "<system>mine<user>hi<assistant>", "<user>hi<assistant>")
+
+
+def test_a_beam_search_draws_nothing_whatever_the_versions_policy_says(fakes) -> None:
+    async def run():
+        policy = SamplingPolicy(default=Sampling(temperature=0.6, repetition_penalty=1.1))
+        shelf = fakes.Shelf(fakes.make_artifact(policy=policy))
+        host = shelf.host()
+        await host.start()
+        seen = []
+        generate = shelf.engines[0].generate
+        shelf.engines[0].generate = lambda request: (seen.append(request), generate(replace(request, num_beams=1)))[1]
+        for overrides in ({}, {"repetition_penalty": 1.3}):
+            assert isinstance([event async for event in host.stream(ask(num_beams=4, overrides=overrides))][-1], Done)
+        return [(each.num_beams, each.sampling.temperature, each.sampling.repetition_penalty) for each in seen]
+
+    assert asyncio.run(run()) == [(4, 0, 1.0), (4, 0, 1.3)]
 
 
 def test_a_promotion_is_followed_and_the_old_version_finishes_its_streams(fakes) -> None:
