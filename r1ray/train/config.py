@@ -188,7 +188,7 @@ class TrainConfig(Config):
             raise ValueError(f"grpo gives each worker as many prompts: batch_size {self.batch_size} is no multiple of {uneven[0]} workers")
         if self.grpo.max_new_tokens >= self.max_length:
             raise ValueError(
-                f"grpo.max_new_tokens {self.grpo.max_new_tokens} leaves no room for a prompt within max_length {self.max_length}; raise that"
+                f"grpo.max_new_tokens {self.grpo.max_new_tokens} leaves no room for a prompt in max_length {self.max_length}; raise that"
             )
         if self.packing:
             raise ValueError("packing lays dialogues end to end, which grpo's answers are not; set packing=false")

@@ -39,7 +39,8 @@ class Step:
     def metrics(self) -> dict[str, float]:
         """What dashboards plot."""
         rate = self.tokens / self.seconds if self.seconds else 0.0
-        return {"loss": self.loss, "learning_rate": self.learning_rate, "grad_norm": self.grad_norm, "tokens_per_second": rate, **self.marks}
+        usual = {"loss": self.loss, "learning_rate": self.learning_rate, "grad_norm": self.grad_norm, "tokens_per_second": rate}
+        return {**usual, **self.marks}
 
 
 class Curve:
