@@ -103,7 +103,7 @@ class EngineConfig(Config):
             "backend": self.backend != "auto",
             "device": self.device != "auto",
             "tpot_objective_ms": self.tpot_objective_ms is not None,
-            "dtype": self.dtype == "int8",
+            "dtype": self.dtype not in ("auto", "float32", "bfloat16"),
         }
         if wrong := [key for key, given in lacking.items() if given]:
             raise ValueError(f"{wrong[0]}={getattr(self, wrong[0])} is the in-house engine's and vLLM has none of it: leave it out")

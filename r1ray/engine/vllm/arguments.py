@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from r1ray.engine.config import EngineConfig
 from r1ray.engine.protocol import GenerationRequest
@@ -28,15 +28,25 @@ class Order:
     num_threads: int | None = None
 
 
-def engine_arguments(config: EngineConfig, *, context: int, kv_cache_bytes: int | None, adapter_rank: int | None) -> dict[str, Any]:
-    """Of vLLM's AsyncEngineArgs. `adapter_rank` is that of the model's own adapter, None when it has none."""
+def engine_arguments(
+    config: EngineConfig, *, context: int, kv_cache_bytes: int | None, adapter_rank: int | None, device: Literal["cuda", "cpu"] = "cuda"
+) -> dict[str, Any]:
+    """Of vLLM's AsyncEngineArgs. `adapter_rank` is that of the model's own adapter, None when it has none.
+
+    vLLM 0.32 has two faults on CPUs that are avoided here. A request with a seed kills it when its prompt is cut into chunks ("CPU
+    Generator does not use offset", gpu_model_runner.py), so prompts are computed whole. A request without an adapter that shares a batch
+    with others gets the adapter of the last place (lora/ops/torch_ops indexes by -1), so that place is kept empty; one more is for an
+    adapter that is replaced while streams use it (worker.py).
+    """
+    whole = device == "cpu"
     arguments: dict[str, Any] = {
         "skip_tokenizer_init": True,
         "generation_config": "vllm",  # its own defaults, not the model's: a request says everything
         "dtype": config.dtype,
         "max_model_len": context,
         "max_num_seqs": config.num_slots,
-        "max_num_batched_tokens": config.prefill_chunk + config.num_slots,
+        "max_num_batched_tokens": (max(config.prefill_chunk, context) if whole else config.prefill_chunk) + config.num_slots,
+        "enable_chunked_prefill": not whole,
         "enable_prefix_caching": config.prefix_cache,
         "scheduling_policy": "priority",
         "max_logprobs": -1,
@@ -55,7 +65,7 @@ def engine_arguments(config: EngineConfig, *, context: int, kv_cache_bytes: int 
         largest = max(config.vllm.max_adapter_rank if config.vllm.max_adapters else 0, adapter_rank or 0)
         arguments |= {
             "enable_lora": True,
-            "max_loras": config.vllm.max_adapters + (adapter_rank is not None),
+            "max_loras": config.vllm.max_adapters + (adapter_rank is not None) + (2 if device == "cpu" else 0),
             "max_lora_rank": next(rank for rank in RANKS if rank >= largest),
         }
     return arguments

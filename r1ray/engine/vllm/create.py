@@ -38,6 +38,7 @@ def create_vllm(artifact: Artifact, config: EngineConfig, *, base: Path, shape: 
         context=context,
         kv_cache_bytes=_kv_cache_bytes(config, shape, context, device=environment.device),
         adapter_rank=None if own is None else adapter_rank(own),
+        device=environment.device,
     )
     order = Order(model=base, adapter=own, num_threads=config.num_threads, arguments=arguments)
     actor, found = launch(order, config, environment)

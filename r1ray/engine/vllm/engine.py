@@ -32,18 +32,20 @@ POLL_S = 1.0
 DEAF_S = 120.0  # an actor that does not answer a poll for so long hangs
 STOP_S = 30.0
 DRAIN_POLL_S = 0.02
-CAPABILITIES = {
-    "abort",
-    "chunked_prefill",
-    "continuous_batching",
-    "logit_bias",
-    "logprobs",
-    "penalties",
-    "preemption",
-    "prompt_logprobs",
-    "prefix_cache",
-    "seed",
-}
+CAPABILITIES = frozenset(
+    {
+        "abort",
+        "continuous_batching",
+        "keep_stop",
+        "logit_bias",
+        "logprobs",
+        "penalties",
+        "preemption",
+        "prompt_logprobs",
+        "prefix_cache",
+        "seed",
+    }
+)
 
 
 @dataclass(slots=True)
@@ -54,14 +56,17 @@ class _Stream:
 
 
 class VllmEngine:
-    """`actor` has loaded the model and `found` is what it said of it (launch.py)."""
+    """`actor` has loaded the model and `found` is what it said of it (launch.py). `pid` is its process, vLLM's others are below it."""
 
     def __init__(self, actor: Any, found: Mapping[str, Any], config: EngineConfig, *, eos_token_ids: Sequence[int] = ()) -> None:
         self.config = config
         self.context_length: int = found["context"]
         self.eos_token_ids = frozenset(eos_token_ids)
         self.precision: str = found["dtype"]
-        self.capabilities = frozenset(CAPABILITIES | ({"adapters"} if config.vllm.max_adapters else set()))
+        self.pid: int = found["pid"]
+        self.capabilities = CAPABILITIES | {
+            name for name, has in (("adapters", config.vllm.max_adapters), ("chunked_prefill", found["chunked_prefill"])) if has
+        }
         self._vocab_size: int = found["vocab_size"]
         self._num_blocks: int = found["num_blocks"]
         self._actor = actor
@@ -169,7 +174,7 @@ class VllmEngine:
                 raise QueueFull(f"{self.config.max_waiting} requests wait already, which is the limit. Retry later.")
             self._open[request.id] = stream
         sampling = sampling_arguments(request, max_tokens=max_tokens, eos_token_ids=self.eos_token_ids)
-        order = {name: getattr(request, name) for name in ("id", "prompt_ids", "priority", "cache_salt", "adapter")}
+        order = {name: getattr(request, name) for name in ("id", "prompt_ids", "priority", "cache_salt", "adapter", "keep_stop")}
         self._actor.submit.remote(order | {"sampling": sampling})
         return stream
 

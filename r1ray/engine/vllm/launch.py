@@ -27,7 +27,7 @@ VARIABLES = ("VLLM_", "HF_", "TRANSFORMERS_", "NCCL_", "GLOO_")
 
 
 def launch(order: Order, config: EngineConfig, environment: Environment) -> tuple[Any, dict[str, Any]]:
-    """(the actor, what it says of the loaded model: vocab_size, context, dtype, num_blocks, pid).
+    """(the actor, what it says of the loaded model: vocab_size, context, dtype, num_blocks, chunked_prefill, pid).
 
     Raises:
         ClusterTooSmall: no place for it within two minutes.

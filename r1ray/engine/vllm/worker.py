@@ -28,13 +28,24 @@ def cpu_lists(num_workers: int, num_threads: int | None, cpus: list[int]) -> str
     return "|".join(",".join(str(cpu) for cpu in cpus[rank * each : (rank + 1) * each]) for rank in range(num_workers))
 
 
+class Adapter:
+    """A loaded adapter and how many streams use it; a retired one goes with the last of them."""
+
+    def __init__(self, request: Any) -> None:
+        self.request = request
+        self.num_streams = 0
+        self.retired = False
+
+
 class VllmWorker:
     """One AsyncLLM. `start` loads; the other calls may run beside each other."""
 
     def __init__(self) -> None:
         self._engine: Any = None
-        self._adapters: dict[str | None, Any] = {}
-        self._num_adapters = 0
+        self._adapters: dict[str | None, Adapter] = {}
+        self._most_adapters: int | None = None
+        self._places_taken = 0
+        self._last_number = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._events: list[Event] = []
         self._news = asyncio.Event()
@@ -47,6 +58,8 @@ class VllmWorker:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cpu_lists(num_workers, num_threads, cpus))
         try:
             self._engine = _load(model, arguments, self._figures)
+            if self._engine.vllm_config.device_config.device_type == "cpu":
+                self._most_adapters = arguments.get("max_loras", 1) - 1  # the last place stays empty, see arguments.py
             if adapter is not None:
                 await self.load_adapter(None, adapter)
         except Exception as error:
@@ -58,6 +71,7 @@ class VllmWorker:
             "context": config.model_config.max_model_len,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "num_blocks": config.cache_config.num_gpu_blocks or 0,
+            "chunked_prefill": config.scheduler_config.enable_chunked_prefill,
             "pid": os.getpid(),
         }
 
@@ -87,20 +101,30 @@ class VllmWorker:
         return events, self._figures
 
     async def load_adapter(self, name: str | None, path: str) -> None:
-        """None is the adapter of requests that name none."""
+        """None is the adapter of requests that name none. One that is replaced stays until its last stream has ended."""
         from vllm.lora.request import LoRARequest
 
-        self._num_adapters += 1
-        number = self._num_adapters  # in the name too: vLLM's prefix cache tells adapters apart by it
-        loaded = LoRARequest(f"{name or 'own'}#{number}", number, path)
+        if self._places_taken == self._most_adapters:
+            raise RuntimeError(f"all {self._most_adapters} places for adapters are taken; raise engine.vllm.max_adapters")
+        self._last_number += 1
+        number = self._last_number  # in the name too: vLLM's prefix cache tells adapters apart by it
+        loaded = Adapter(LoRARequest(f"{name or 'own'}#{number}", number, path))
+        self._places_taken += 1
         try:
-            await self._engine.add_lora(loaded)
+            await self._engine.add_lora(loaded.request)
         except Exception as error:
+            self._places_taken -= 1
             log.exception("vLLM did not load the adapter at %s", path)
             raise RuntimeError(f"{type(error).__name__}: {error}") from None
         old, self._adapters[name] = self._adapters.get(name), loaded
         if old is not None:
-            await self._engine.remove_lora(old.lora_int_id)
+            old.retired = True
+            await self._let_go(old)
+
+    async def _let_go(self, adapter: Adapter) -> None:
+        if adapter.retired and not adapter.num_streams:
+            self._places_taken -= 1
+            await self._engine.remove_lora(adapter.request.lora_int_id)
 
     async def stop(self) -> None:
         if self._engine is not None:
@@ -119,14 +143,16 @@ class VllmWorker:
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        id_, num_cached = request["id"], 0
+        id_, num_cached, adapter = request["id"], 0, self._adapters.get(request["adapter"])
+        lora = None if adapter is None else adapter.request
+        if adapter is not None:
+            adapter.num_streams += 1
         try:
             params = SamplingParams(**request["sampling"], detokenize=False, output_kind=RequestOutputKind.DELTA)
             prompt = tokens_input(list(request["prompt_ids"]), cache_salt=request["cache_salt"] or None)
-            adapter = self._adapters.get(request["adapter"])
-            async for output in self._engine.generate(prompt, params, id_, lora_request=adapter, priority=request["priority"]):
+            async for output in self._engine.generate(prompt, params, id_, lora_request=lora, priority=request["priority"]):
                 num_cached = output.num_cached_tokens or num_cached
-                self._post(_event(id_, output, num_cached, params.logprobs))
+                self._post(_event(request, output, num_cached))
         except asyncio.CancelledError:
             self._post((id_, (), "abort", num_cached, None, None, None))
         except EngineDeadError:
@@ -139,6 +165,9 @@ class VllmWorker:
             self._post((id_, (), None, 0, None, None, ("failed", f"{type(cause).__name__}: {cause}")))
         finally:
             del self._tasks[id_]
+            if adapter is not None:
+                adapter.num_streams -= 1
+                await self._let_go(adapter)
 
     def _post(self, event: Event) -> None:
         self._events.append(event)
@@ -169,11 +198,11 @@ def _load(model: str, arguments: dict[str, Any], figures: dict[str, float]) -> A
     return AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **arguments), stat_loggers=[Figures])
 
 
-def _event(id_: str, output: Any, num_cached: int, num_logprobs: int | None) -> Event:
-    drawn = output.outputs[0]
+def _event(request: dict[str, Any], output: Any, num_cached: int) -> Event:
+    id_, num_logprobs, drawn = request["id"], request["sampling"]["logprobs"], output.outputs[0]
     tokens, logprobs = list(drawn.token_ids), drawn.logprobs
-    if drawn.finish_reason == "stop":
-        tokens = tokens[:-1]  # the token that ended the answer
+    if drawn.finish_reason == "stop" and not request["keep_stop"]:
+        tokens = tokens[:-1]
     if drawn.finish_reason not in (None, "stop", "length", "abort"):
         return (id_, (), None, num_cached, None, None, ("failed", f"vLLM ended it with {drawn.finish_reason}"))
     found, of_prompt = None, None
