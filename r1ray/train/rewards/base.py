@@ -59,7 +59,7 @@ class Scale:
 
 
 def column_names(axes: Sequence[tuple[str, str]]) -> list[str]:
-    """(axis, kind) of each reward -> the name of its line: the axis; where several rewards share one, with the kind and, if need be, a number."""
+    """(axis, kind) of each reward -> the name of its line: the axis; where rewards share it with the kind, and a number if need be."""
     names: list[str] = []
     for axis, kind in axes:
         shared = sum(other == axis for other, _ in axes) > 1

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from r1ray.data.clean.pii import Masker
 from r1ray.data.prepare.config import PiiConfig
 from r1ray.evaluate.answer import normal_text
-from r1ray.evaluate.example import PASSAGE
 from r1ray.evaluate.exact import citation, exact_match
+from r1ray.evaluate.example import PASSAGE
 from r1ray.evaluate.lexical import rouge_l
 from r1ray.model.reasoning import CLOSE, OPEN
 from r1ray.train.rewards.base import Answer
