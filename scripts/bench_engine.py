@@ -1,6 +1,6 @@
 """Speed and memory of the in-house engine against its peers, all in one run.
 
-    scripts/bench engine [--ours-only] [--json FILE] [--repeats N]
+    scripts/bench engine [--ours-only | --onnx-only] [--json FILE] [--repeats N]
 
 Prompts of exactly 128 tokens submitted together, 64 new tokens each, greedy, end of turn ignored, on the bundled model; tokens_per_s
 counts new tokens over wall time, prefill included; ttft_ms is the time of the same prompts with one new token. A second workload: 1024
@@ -96,6 +96,30 @@ def ours(artifact: Artifact, precision: str, concurrency: int, repeats: int) -> 
     return Row("r1ray", {"bfloat16": "bf16"}.get(precision, precision), concurrency, rate, 1000 * ttft_s, peak_mb())
 
 
+def ours_on_onnx(exported: Path, precision: str, concurrency: int, repeats: int) -> Row:
+    """The in-house engine over the same export that onnxruntime-genai gets."""
+    from r1ray.engine.batching import BatchingEngine
+    from r1ray.engine.create import choose_threads
+    from r1ray.engine.offline import generate_all
+    from r1ray.engine.onnx import OnnxBackend, OnnxOptions
+
+    num_threads = choose_threads(None)
+    options = OnnxOptions(precision=precision, num_blocks=16 * concurrency, num_rows=concurrency, context=512, num_threads=num_threads)
+    settings = EngineConfig(type="onnx", num_slots=concurrency, max_context=512, num_threads=num_threads, prefill_chunk=1024)
+    engine = BatchingEngine(OnnxBackend(exported, options), settings, context_length=512)
+
+    def seconds(run: int, num_new: int) -> float:
+        wanted = requests(prompts(concurrency, run), num_new)
+        start = time.perf_counter()
+        generate_all(engine, wanted)
+        return time.perf_counter() - start
+
+    seconds(0, 4)
+    ttft_s = min(seconds(run, 1) for run in range(1, repeats + 1))
+    rate = concurrency * NUM_NEW / min(seconds(100 + run, NUM_NEW) for run in range(1, repeats + 1))
+    return Row("r1ray onnx", f"{precision} weights", concurrency, rate, 1000 * ttft_s, peak_mb())
+
+
 def transformers_generate(artifact: Artifact, _precision: str, concurrency: int, repeats: int) -> Row:
     import torch
 
@@ -182,6 +206,22 @@ def peer(script: str, *arguments: str) -> list[Row]:
     return [Row(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+def onnx_rows(artifact: Artifact, repeats: int) -> list[Row]:
+    """onnxruntime-genai and our engine on one export, by turns of all concurrencies."""
+    from r1ray.compress.config import ExportOnnxConfig
+    from r1ray.compress.graph import build_graph
+
+    exported = Settings().cache / "bench" / f"onnx-{artifact.manifest.weights_sha256[:12]}"
+    if not exported.is_dir():
+        staged = exported.with_suffix(".partial")
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        build_graph(artifact.path, staged, ExportOnnxConfig(model=artifact.ref, precision="int8"))
+        staged.rename(exported)
+    mine = [alone(ours_on_onnx, exported, "int8", concurrency, repeats) for concurrency in CONCURRENCIES]
+    return [*mine, *(peer("run_onnxruntime.py", str(exported), str(repeats)) if shutil.which("uv") else [])]
+
+
 def peers(artifact: Artifact, repeats: int) -> list[Row]:
     if shutil.which("uv") is None:
         console.print("no uv: the peers in environments of their own are left out", style="yellow")
@@ -210,11 +250,8 @@ def show(rows: list[Row]) -> None:
     """Ratios: ours in bf16 against the best bf16 peer, ours in int8 against the best peer of any precision."""
     table = Table("engine", "precision", "concurrency", "tokens/s", "TTFT ms", "peak MiB", "to the best peer")
     for row in sorted(rows, key=lambda row: (row.concurrency, row.engine)):
-        rivals = [r.tokens_per_s for r in rows if r.engine != "r1ray" and r.concurrency == row.concurrency]
-        if row.precision == "bf16":
-            rivals = [
-                r.tokens_per_s for r in rows if r.engine != "r1ray" and r.concurrency == row.concurrency and r.precision == row.precision
-            ]
+        others = [r for r in rows if not r.engine.startswith("r1ray") and r.concurrency == row.concurrency]
+        rivals = [r.tokens_per_s for r in others if row.precision != "bf16" or r.precision == row.precision]
         ratio = f"{row.tokens_per_s / max(rivals):.2f}x" if row.engine == "r1ray" and rivals else ""
         cells = (f"{row.tokens_per_s:.0f}", f"{row.ttft_ms:.0f}", f"{row.peak_mb:.0f}", ratio)
         table.add_row(row.engine, row.precision, str(row.concurrency), *cells)
@@ -224,6 +261,7 @@ def show(rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ours-only", action="store_true", help="leave the peers out")
+    parser.add_argument("--onnx-only", action="store_true", help="only ONNX Runtime: under our engine and under its own")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
     parser.add_argument("--repeats", type=int, default=2, help="measurements per row after the warm-up; the fastest counts")
     arguments = parser.parse_args()
@@ -231,6 +269,9 @@ def main() -> None:
 
     artifact = import_model("smollm2", registry=Registry())
     console.print(machine())
+    if arguments.onnx_only:
+        show(onnx_rows(artifact, arguments.repeats))
+        return
     rows: list[Row] = []
     for concurrency in CONCURRENCIES:
         kinds = [(ours, "bfloat16"), (ours, "int8"), *([] if arguments.ours_only else [(transformers_generate, "bfloat16")])]
@@ -240,7 +281,7 @@ def main() -> None:
                 f"{rows[-1].engine} {rows[-1].precision}, {concurrency} streams: {rows[-1].tokens_per_s:.0f} tokens/s", style="dim"
             )
     if not arguments.ours_only:
-        rows += peers(artifact, arguments.repeats)
+        rows += onnx_rows(artifact, arguments.repeats) + peers(artifact, arguments.repeats)
     show(rows)
     prefix = {precision: alone(shared_prefix, artifact, precision) for precision in ("bfloat16", "int8")}
     for precision, times in prefix.items():

@@ -22,6 +22,12 @@ class ParityConfig(Config):
         ge=0,
         description="Largest share by which perplexity may grow (the seeds' bound: 1.5 %); beyond it nothing is registered.",
     )
+    min_first_choices: float = Field(
+        default=0.8,
+        ge=0,
+        le=1,
+        description="Least share of positions with the same likeliest token: perplexity alone may improve by chance.",
+    )
     num_prompts: int = Field(default=8, ge=1, le=64, description="Prompts out of that text that are answered greedily, all in one batch.")
     num_new: int = Field(default=24, ge=1, le=512, description="Tokens of each such answer.")
     max_logit_error: float = Field(

@@ -84,7 +84,7 @@ def _whole(parent: Artifact, registry: Registry) -> Iterator[Path]:
 def _token_ids(parent: Artifact, config: ExportOnnxConfig) -> Sequence[int]:
     """Of the beginning of the text: more characters than so many tokens have in any language, not a whole corpus."""
     text = _text(config.parity.text)
-    ids: list[int] = load_tokenizer(parent)(text[: 8 * config.parity.num_tokens])["input_ids"]
+    ids: list[int] = load_tokenizer(parent)(text[: 8 * config.parity.num_tokens], verbose=False)["input_ids"]
     return ids
 
 

@@ -99,6 +99,10 @@ def check_parity(found: Parity, config: ParityConfig, *, exact: bool) -> None:
     wrong = []
     if not found.perplexity_loss <= config.max_perplexity_loss:  # not >: a NaN is refused too
         wrong.append(f"perplexity grew by {found.perplexity_loss:.2%} (parity.max_perplexity_loss is {config.max_perplexity_loss:.2%})")
+    if not found.first_choices >= config.min_first_choices:
+        wrong.append(
+            f"{found.first_choices:.1%} of first choices are the same (parity.min_first_choices is {config.min_first_choices:.1%})"
+        )
     if exact and not found.logit_error <= config.max_logit_error:
         wrong.append(f"a logit differs by {found.logit_error:.2g} (parity.max_logit_error is {config.max_logit_error:.2g})")
     if exact and found.greedy_equal < 1:

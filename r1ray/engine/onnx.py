@@ -112,17 +112,17 @@ class OnnxBackend(Immediate):
         feeds = {
             "input_ids": torch.tensor([list(piece.ids) for piece in pieces]),
             "attention_mask": (torch.arange(total) < starts[:, None] + length).long(),
-            WANTED: torch.tensor(wanted, dtype=torch.long),
+            WANTED: torch.tensor(wanted or [0]),  # a product of no rows is not to be had
         }
         if self._has_positions:
             feeds["position_ids"] = starts[:, None] + torch.arange(length)
         binding = self._binding(first, num)
         for name, tensor in feeds.items():
             binding.bind_cpu_input(name, tensor.numpy())
-        logits = torch.empty(len(wanted), self.vocab_size, dtype=self._logits_type)
+        logits = torch.empty(max(1, len(wanted)), self.vocab_size, dtype=self._logits_type)
         binding.bind_output("logits", "cpu", 0, _numpy(logits.dtype), logits.shape, logits.data_ptr())
         self._session.run_with_iobinding(binding)
-        return logits.float()
+        return logits[: len(wanted)].float()
 
     def _binding(self, first: int, num: int) -> Any:
         """Past and present are the same memory: attention appends in place."""

@@ -51,7 +51,14 @@ def native() -> Any:
     return pytest.param("native", marks=pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not())))
 
 
-@pytest.fixture(params=["tiny_llama/transformers", "tiny_deepseek_v3/transformers", *(f"{name}/native" for name in NATIVE_FAMILIES)])
+PLACES = [
+    "tiny_llama/transformers",
+    "tiny_deepseek_v3/transformers",
+    *(f"{name}/{way}" for way in ("native", "onnx") for name in NATIVE_FAMILIES),
+]
+
+
+@pytest.fixture(params=PLACES)
 def placed(request: pytest.FixtureRequest) -> tuple[Path, str]:
     """A family and a backend that runs it."""
     from r1ray.engine.native import build
@@ -122,12 +129,14 @@ def engine_of(
     from r1ray.engine.native.model import NativeModel, NativeOptions
     from r1ray.engine.paged import TransformersBackend
 
-    settings.setdefault("backend", "transformers")
+    way = settings.pop("backend", "transformers")
     config = EngineConfig(num_threads=1, dtype=dtype, **settings)
     context = model.config.max_position_embeddings
-    if config.backend == "native":
+    if way == "onnx":
+        backend: Any = onnx_backend(model, num_blocks=num_blocks, num_rows=config.num_slots)
+    elif way == "native":
         options = NativeOptions(precision=dtype, num_blocks=num_blocks, context=context, num_threads=2)
-        backend: Any = NativeModel(model.config, model.state_dict().get, options)
+        backend = NativeModel(model.config, model.state_dict().get, options)
     else:
         backend = TransformersBackend(model, num_blocks=num_blocks)
     if soft is not None:
@@ -135,6 +144,48 @@ def engine_of(
 
         backend, context = SoftPrompted(backend, soft), context - soft.num_tokens
     return BatchingEngine(backend, config, context_length=context, eos_token_ids=eos)
+
+
+def onnx_backend(model: Any, *, num_blocks: int, num_rows: int) -> Any:
+    from r1ray.engine.onnx import OnnxBackend, OnnxOptions
+
+    context = model.config.max_position_embeddings
+    options = OnnxOptions(precision="float32", num_blocks=num_blocks, num_rows=num_rows, context=context, num_threads=1)
+    return OnnxBackend(exported(model), options)
+
+
+EXPORTS: dict[str, Path] = {}
+
+
+def exported(model: Any) -> Path:
+    """A float32 export of a tiny model, made once for equal weights."""
+    import atexit
+    import hashlib
+    import shutil
+    import tempfile
+
+    from r1ray.compress.config import ExportOnnxConfig
+    from r1ray.compress.graph import build_graph
+
+    digest = hashlib.sha256(repr(model.config.to_dict()).encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    if (key := digest.hexdigest()) not in EXPORTS:
+        folder = Path(tempfile.mkdtemp(prefix="exported-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        model.save_pretrained(folder / "model")
+        bare_tokenizer().save_pretrained(folder / "model")
+        build_graph(folder / "model", folder / "onnx", ExportOnnxConfig(model="tiny", precision="float32"))
+        EXPORTS[key] = folder / "onnx"
+    return EXPORTS[key]
+
+
+def bare_tokenizer() -> Any:
+    """The exporter asks for one; nobody uses it here."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), eos_token="a")
 
 
 @contextlib.asynccontextmanager

@@ -23,7 +23,8 @@ collect, lively, prompts, running, tokens, until, wanted = (
 )  # fmt: skip
 
 
-BACKENDS = pytest.mark.parametrize("backend", ["transformers", kit.native()])
+BACKENDS = pytest.mark.parametrize("backend", ["transformers", kit.native(), "onnx"])
+WITH_ADAPTERS = pytest.mark.parametrize("backend", ["transformers", kit.native()])
 
 
 @pytest.mark.parametrize("schedule", range(3))
@@ -412,7 +413,7 @@ def adapter(model_directory: Path, out: Path, seed: int) -> Path:
     return out
 
 
-@BACKENDS
+@WITH_ADAPTERS
 def test_requests_of_different_adapters_run_together(tiny_qwen2, tmp_path, reference, backend):
     paths = {name: adapter(tiny_qwen2, tmp_path / name, seed) for seed, name in enumerate(("one", "two"), start=1)}
     prompt = (5, 6, 7, 8)
