@@ -21,7 +21,7 @@ _spec = importlib.util.spec_from_file_location("engine_fixtures", Path(__file__)
 kit = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(kit)
 
-BACKENDS = pytest.mark.parametrize("backend", ["transformers", kit.native()])
+BACKENDS = pytest.mark.parametrize("backend", ["transformers", kit.native(), "onnx"])
 NUM_NEW = 24
 
 
