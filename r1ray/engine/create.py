@@ -12,6 +12,7 @@ import psutil
 
 from r1ray.engine.backend import BLOCK_SIZE
 from r1ray.engine.config import EngineConfig
+from r1ray.engine.kinds import check_kind
 from r1ray.engine.protocol import Engine
 from r1ray.errors import UnsupportedModel
 from r1ray.types import Artifact
@@ -41,7 +42,7 @@ def create_engine(artifact: Artifact, config: EngineConfig, registry: Registry) 
         from r1ray.engine.fake import FakeEngine
 
         return FakeEngine(config, context_length=artifact.manifest.context_length)
-    _check_kind(artifact, config)
+    check_kind(artifact, config)
     from transformers import AutoConfig
 
     from r1ray.model.load import base_of
@@ -81,16 +82,6 @@ def _soft_prompted(artifact: Artifact, config: EngineConfig, registry: Registry,
     check_soft_prompt(soft, shape.get_text_config().hidden_size)
     assert config.max_context is not None, "create_engine has filled it in"
     return SoftPrompted(_backend(base_of(artifact, registry), config, registry, shape), soft), config.max_context - soft.num_tokens
-
-
-def _check_kind(artifact: Artifact, config: EngineConfig) -> None:
-    kind = artifact.manifest.kind
-    if config.type == "onnx" and kind != "onnx":
-        raise UnsupportedModel(
-            f"{artifact.ref} is of kind {kind}; engine.type=onnx runs exports. Run jobs/export_onnx.py on it, or set engine.type=torch."
-        )
-    if config.type != "onnx" and kind == "onnx":
-        raise UnsupportedModel(f"{artifact.ref} is an ONNX export; engine.type={config.type} runs weights. Set engine.type=onnx.")
 
 
 def _onnx(artifact: Artifact, config: EngineConfig, shape: PretrainedConfig) -> Backend:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from r1ray.engine.kinds import check_kind
 from r1ray.model import template
 from r1ray.registry import Registry
 from r1ray.retrieval import layout
@@ -30,6 +31,7 @@ def look_up(models: Iterable[ModelArgs], settings: Settings | None = None) -> di
 
     Raises:
         RegistryError: a reference that names no complete version.
+        UnsupportedModel: a reward model, which writes no answers, or a version that its engine cannot run.
         TemplateMismatch: a chat template other than the version's own.
         CollectionNotFound: a collection that was not built in this home.
     """
@@ -40,6 +42,7 @@ def look_up(models: Iterable[ModelArgs], settings: Settings | None = None) -> di
 
 def _entry(args: ModelArgs, registry: Registry, settings: Settings) -> Entry:
     artifact = registry.resolve(args.ref)
+    check_kind(artifact, args.engine)
     template.check_override(artifact, Path(args.chat_template).read_text(encoding="utf-8") if args.chat_template else None)
     collection = artifact.manifest.collection if args.collection is None else args.collection
     if collection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from r1ray.engine.protocol import GenerationRequest
 from r1ray.errors import CompressionError, InvalidValue, UnsupportedModel
 from r1ray.model.importer import import_model
 from r1ray.model.load import load_model
-from r1ray.types import Sampling, SamplingPolicy
+from r1ray.types import Message, Sampling, SamplingPolicy
 
 SMALL = {"num_tokens": 600, "num_prompts": 3, "num_new": 8}
 
@@ -44,7 +45,6 @@ def exported(registry, settings, source: str, **given):
 
 
 def answers(artifact, registry, config: EngineConfig) -> list[tuple[int, ...]]:
-    import asyncio
 
     engine = create_engine(artifact, config, registry)
     sampling = Sampling(temperature=0, max_tokens=10)
@@ -146,3 +146,49 @@ def test_too_little_text_and_float16_on_a_cpu_are_refused(tiny_llama, tmp_path, 
         exported(registry, settings, "plain", precision="float32", parity={"text": tmp_path / "missing.txt"})
     with pytest.raises(ValueError, match="device=cuda"):
         ExportOnnxConfig(model="plain", precision="float16")
+
+
+def test_an_export_answers_in_a_replica_and_a_wrong_engine_is_refused_before_deployment(tiny_llama, registry, settings):
+    from r1ray.serve.catalog import look_up
+    from r1ray.serve.config import ModelArgs
+    from r1ray.serve.host import registry_host
+    from r1ray.serve.protocol import Done, TextRequest
+
+    import_model(str(tiny_llama), name="plain", registry=registry)
+    exported(registry, settings, "plain", precision="float32")
+    edge = ModelArgs(id="edge", ref="plain@2", engine=EngineConfig(type="onnx", num_threads=1))
+
+    async def chat():
+        host = registry_host(edge)
+        await host.start()
+        request = TextRequest(id="a", messages=(Message(role="user", content="hi"),), overrides={"max_tokens": 4}, ignore_eos=True)
+        events = [event async for event in host.stream(request)]
+        await host.stop()
+        return events[-1]
+
+    last = asyncio.run(chat())
+    assert isinstance(last, Done)
+    assert (last.ref, last.num_completion_tokens) == ("plain@2", 4)
+    assert look_up([edge], settings)["edge"].card.root == "plain@2"
+    with pytest.raises(UnsupportedModel, match=r"Set engine.type=onnx"):
+        look_up([ModelArgs(id="wrong", ref="plain@2")], settings)
+    with pytest.raises(UnsupportedModel, match="export_onnx"):
+        look_up([ModelArgs(id="wrong", ref="plain@1", engine=EngineConfig(type="onnx"))], settings)
+
+
+def test_an_export_is_evaluated_like_its_parent(tiny_llama, tmp_path, registry, settings):
+    import json
+
+    from r1ray.evaluate.config import EvaluateConfig
+    from r1ray.evaluate.job import evaluate_models
+
+    import_model(str(tiny_llama), name="plain", registry=registry)
+    exported(registry, settings, "plain", precision="float32")
+    rows = [{"messages": [{"role": "user", "content": f"card {i}?"}, {"role": "assistant", "content": "blocked"}]} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    common = {"data": {"path": tmp_path / "rows.jsonl"}, "sampling": {"temperature": 0, "max_tokens": 8}, "num_bootstrap": 0}
+    torch_engine = {"backend": "transformers", "dtype": "float32", "num_threads": 1}
+    (parent,) = evaluate_models(EvaluateConfig(models=["plain@1"], engine=torch_engine, **common), settings)
+    (edge,) = evaluate_models(EvaluateConfig(models=["plain@2"], engine={"type": "onnx", "num_threads": 1}, **common), settings)
+    assert [row["answer"] for row in edge.examples] == [row["answer"] for row in parent.examples]
+    assert edge.metrics["perplexity"] == pytest.approx(parent.metrics["perplexity"], rel=1e-4)
