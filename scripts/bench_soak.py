@@ -2,8 +2,9 @@
 
     scripts/bench soak [--minutes 30] [--dtype bfloat16] [--json FILE]
 
-Clients come and go at random: prompts of 4 to 600 tokens of which a third share a beginning, answers of 1 to 200 tokens, a fifth of the
-clients leave in the middle, a few requests are wrong. Memory counts from the end of the first fifth on, when caches and pools have grown.
+Clients come and go at random: prompts of 4 to 600 tokens of which a third share a beginning, answers of 1 to 200 tokens, one in twenty by
+beam search, a fifth of the clients leave in the middle, a few requests are wrong. Memory counts from the end of the first fifth on, when
+caches and pools have grown.
 Exits with 1 when memory grows by more than 3 %, a slot stays taken, a KV block is not returned, or the engine dies.
 """
 
@@ -47,13 +48,16 @@ def request(rng: random.Random, number: int) -> GenerationRequest:
         seed=number,
     )
     wrong = rng.random() < 0.02
+    if searches := rng.random() < 0.05:
+        sampling = sampling.model_copy(update={"temperature": 0.0, "frequency_penalty": 0.0, "max_tokens": rng.randint(1, 60)})
     return GenerationRequest(
         id=str(number),
         prompt_ids=() if wrong else ids,
         sampling=sampling,
+        num_beams=rng.randint(2, 5) if searches else 1,
         ignore_eos=rng.random() < 0.5,
         num_logprobs=rng.choice([None, None, 3]),
-        prompt_logprobs=rng.random() < 0.05,
+        prompt_logprobs=not searches and rng.random() < 0.05,
         cache_salt=rng.choice(["", "a"]),
     )
 
@@ -64,6 +68,7 @@ async def client(engine: Engine, rng: random.Random, numbers: list[int], ends: f
         wanted = request(rng, numbers[0])
         leaves_after = rng.randint(0, wanted.sampling.max_tokens) if rng.random() < 0.2 else None
         counts["requests"] += 1
+        counts["searches"] += wanted.num_beams > 1
         try:
             async with aclosing(engine.generate(wanted)) as chunks:
                 num_seen = 0
