@@ -50,7 +50,7 @@ def export_onnx(config: ExportOnnxConfig, settings: Settings | None = None) -> A
         raise UnsupportedModel(
             f"{parent.ref} is an ONNX export already. Give the version it was made from: {', '.join(parent.manifest.parents)}."
         )
-    token_ids = _token_ids(parent, config)
+    token_ids = _token_ids(parent, config, registry.settings)
     with _whole(parent, registry) as source, registry.staging(config.name or parent.manifest.name) as staged:
         started = time.perf_counter()
         _copy_companions(source, staged)
@@ -81,20 +81,20 @@ def _whole(parent: Artifact, registry: Registry) -> Iterator[Path]:
         yield merged
 
 
-def _token_ids(parent: Artifact, config: ExportOnnxConfig) -> Sequence[int]:
+def _token_ids(parent: Artifact, config: ExportOnnxConfig, settings: Settings) -> Sequence[int]:
     """Of the beginning of the text: more characters than so many tokens have in any language, not a whole corpus."""
-    text = _text(config.parity.text)
+    text = _text(config.parity.text, settings)
     ids: list[int] = load_tokenizer(parent)(text[: 8 * config.parity.num_tokens], verbose=False)["input_ids"]
     return ids
 
 
-def _text(path: Path | None) -> str:
+def _text(path: Path | None, settings: Settings) -> str:
     if path is None:
         from r1ray.data.demo import demo_conversations
 
         return "\n".join(message.content for dialogue in demo_conversations("train") for message in dialogue.messages)
     try:
-        return Settings().locate(path).read_text(encoding="utf-8")
+        return settings.locate(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidValue(f"parity.text={path} cannot be read: {error}. Give a UTF-8 text file.") from error
 

@@ -121,7 +121,10 @@ class OnnxBackend(Immediate):
             binding.bind_cpu_input(name, tensor.numpy())
         logits = torch.empty(max(1, len(wanted)), self.vocab_size, dtype=self._logits_type)
         binding.bind_output("logits", "cpu", 0, _numpy(logits.dtype), logits.shape, logits.data_ptr())
+        if self._device != "cpu":
+            torch.cuda.synchronize(self._device_id)  # the cache is torch's, on a stream that ONNX Runtime does not know
         self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
         return logits[: len(wanted)].float()
 
     def _binding(self, first: int, num: int) -> Any:
