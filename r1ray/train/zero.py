@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from r1ray.train.config import Parallelism, TrainConfig
+from r1ray.train.config import TrainConfig
+from r1ray.train.parallel.layout import COLUMNS, ROWS
 
 __all__ = ["deepspeed_config", "parallel_config"]
 
-# Attention and MLPs of the Llama family and of DeepSeek-V3, whose latents stay whole; a name that a model lacks matches nothing.
-_COLUMNS = "q_proj|k_proj|v_proj|q_b_proj|kv_b_proj|gate_proj|up_proj"
-_ROWS = "o_proj|down_proj"
 
-
-def parallel_config(degrees: Parallelism) -> dict[str, Any]:
-    """DeepSpeed's part of the split of the model itself."""
+def parallel_config(config: TrainConfig) -> dict[str, Any]:
+    """DeepSpeed's part of the split of the model itself; layers with an adapter are split by parallel/tensor.py."""
+    degrees = config.parallelism
     if degrees.sequence > 1:
         return {"sequence_parallel_size": degrees.sequence}
     if degrees.tensor == 1:
         return {}
     specs = [
-        {"patterns": [rf".*\.({_COLUMNS})(\.base_layer|\.lora_B\.default)?\.weight$"], "partition_type": "column"},
-        {"patterns": [rf".*\.({_ROWS})(\.base_layer|\.lora_A\.default)?\.weight$"], "partition_type": "row"},
+        {"patterns": [rf".*\.({'|'.join(COLUMNS)})\.weight$"], "partition_type": "column"},
+        {"patterns": [rf".*\.({'|'.join(ROWS)})\.weight$"], "partition_type": "row"},
     ]
     return {"tensor_parallel": {"autotp_size": degrees.tensor, "partition_config": {"use_default_specs": False, "layer_specs": specs}}}
 
@@ -36,14 +34,26 @@ def deepspeed_config(config: TrainConfig, *, accumulation: int, bf16: bool, univ
     zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_scatter": config.use_gpu}
     if (config.zero_stage == 3 and config.method != "full") or config.parallelism.tensor > 1:  # else `consolidate` does it, once
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    return parallel_config(config.parallelism) | {
+    zero |= _offload(config)
+    return parallel_config(config) | {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.max_grad_norm,
         "steps_per_print": 10**9,
         "zero_optimization": zero,
         "bf16": {"enabled": bf16},
+        "fp16": {"enabled": config.dtype == "float16"},  # its loss is scaled by what lately did not overflow
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "checkpoint": {"load_universal": universal},
     }
+
+
+def _offload(config: TrainConfig) -> dict[str, Any]:
+    """To the node's memory. The optimizer stays torch's AdamW, on CPU tensors: DeepSpeed's own would have to be compiled."""
+    cpu = {"device": "cpu", "pin_memory": config.use_gpu}
+    return {
+        "none": {},
+        "optimizer": {"offload_optimizer": cpu},
+        "parameters": {"offload_optimizer": cpu, "offload_param": cpu},
+    }[config.offload]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from r1ray.data.read import Loaded, read_conversations
 from r1ray.settings import Settings
+from r1ray.train.batches import BatchPlan
 from r1ray.train.objective.base import Bench, Objective
 from r1ray.train.order import plan_of
 from r1ray.train.tokens import TokenSet, tokenise
@@ -45,6 +47,18 @@ class Supervised(Objective):
             pad_id=tokenizer.pad_token_id or 0,
             packing=order.config.packing,
         )
-        return SupervisedTrainer(
+        if bench.layout.pipeline > 1:
+            from r1ray.train.parallel.pipeline import PipelineTrainer
+
+            return PipelineTrainer(bench, feed)
+        trainer = SupervisedTrainer(
             bench.model(), arguments, feed=bench.sliced(feed), schedule=bench.schedule, tokenizer=tokenizer, callbacks=bench.callbacks
         )
+        if order.held_out is not None:
+            ids, masks = order.held_out.rows()
+            rows = order.config.micro_batch_size * bench.num_workers
+            sorted_rows = BatchPlan([len(row) for row in ids], batch_size=rows, num_epochs=1, seed=0, group_window=len(ids))
+            num_batches = sorted_rows.num_steps
+            held_out = replace(feed, input_ids=ids, masks=masks, plan=sorted_rows, num_steps=num_batches, accumulation=1)
+            trainer.held_out, trainer.num_held_out = bench.sliced(held_out), num_batches
+        return trainer

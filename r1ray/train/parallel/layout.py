@@ -16,7 +16,13 @@ from r1ray.errors import InvalidValue
 if TYPE_CHECKING:
     from r1ray.train.config import TrainConfig
 
-__all__ = ["Layout", "Place", "check_combination", "check_model", "layout_of"]
+__all__ = ["COLUMNS", "ROWS", "Layout", "Place", "check_combination", "check_model", "layout_of"]
+
+
+COLUMNS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj")
+"""Linear layers before attention or an activation, split by their outputs; DeepSeek-V3's latents (q_a, kv_a) stay whole."""
+ROWS = ("o_proj", "down_proj")
+"""Those after it, split by their inputs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,10 +106,14 @@ def check_combination(config: TrainConfig) -> None:
         raise ValueError(f"{said} with method {config.method}: what it trains is small and stands before the split; set it to 1")
     if config.packing:
         raise ValueError(f"{said} knows no packed dialogues; set packing=false (group_window keeps the padding low)")
+    if config.dtype == "float16" or (config.offload != "none" and degrees.sequence == 1):
+        raise ValueError(f"{said} was not tried with float16 or offload; set dtype=bfloat16 offload=none")
     if degrees.pipeline > 1 and config.zero_stage > 1:
         raise ValueError(f"{said} with zero_stage {config.zero_stage}: a pipeline keeps its gradients over a batch; set zero_stage=1 or 0")
     if degrees.tensor > 1 and config.zero_stage == 3:
         raise ValueError(f"{said} with zero_stage 3: both would split the same weights; set zero_stage=2, or tensor=1")
+    if degrees.tensor > 1 and config.method == "lora" and (config.lora.dora or config.lora.experts):
+        raise ValueError(f"{said} splits plain LoRA of linear layers; set lora.dora=false lora.experts=false")
     if degrees.sequence > 1 and config.attention == "eager":
         raise ValueError(f"{said} with attention eager: it wants a mask that no worker has; set attention=sdpa or auto")
 
@@ -130,6 +140,11 @@ def check_model(config: TrainConfig, model: Mapping[str, Any], ref: str) -> None
             f"train.parallelism.pipeline={degrees.pipeline}, but {ref} has {num_layers} layers and a stage needs one at least. "
             f"Set it to 1-{num_layers}."
         )
+    if (degrees.pipeline > 1 or degrees.sequence > 1) and _slides(model):
+        raise InvalidValue(
+            f"{ref} has sliding-window attention, of which neither stages nor slices of a sequence know. Set train.parallelism.pipeline=1 "
+            "and sequence=1; tensor works."
+        )
     if degrees.split > 1 and model.get("model_type") not in SPLITTABLE:
         raise InvalidValue(
             f"train.parallelism can split models of type {', '.join(SPLITTABLE)}; {ref} is of type {model.get('model_type')}. "
@@ -139,6 +154,11 @@ def check_model(config: TrainConfig, model: Mapping[str, Any], ref: str) -> None
 
 SPLITTABLE = ("deepseek_v3", "llama", "qwen2", "qwen3")
 """Types of which tests hold that the split trains as the whole does (Qwen3 and Llama share Qwen2's layers)."""
+
+
+def _slides(model: Mapping[str, Any]) -> bool:
+    kinds = model.get("layer_types") or ()
+    return bool(model.get("use_sliding_window")) or "sliding_attention" in kinds
 
 
 def _divided(tensor: int, sequence: int, model: Mapping[str, Any]) -> list[tuple[str, str, int]]:

@@ -1,8 +1,8 @@
 """Tensor parallelism (DeepSpeed AutoTP; Megatron-LM, arXiv 1909.08053), and what AutoTP cannot do for DeepSeek-V3.
 
 AutoTP splits the linear layers that zero.py names: those before an activation or attention by columns, those after it by rows. What
-it leaves whole is mended here: fused experts, each split like an MLP of its own, and the rotary key that all heads of latent
-attention share, whose gradient every worker knows a part of.
+it leaves whole is mended here: fused experts, each split like an MLP of its own; layers with a LoRA adapter; and the rotary key that all
+heads of latent attention share, whose gradient every worker knows a part of.
 
 The workers of a group compute the same rows. Knows no optimizer; saving gathers through the same attributes as AutoTP's own layers.
 """
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from r1ray.train.parallel.layout import Layout
+from r1ray.train.parallel.layout import COLUMNS, ROWS, Layout
 
 __all__ = ["share_tensors"]
 
@@ -24,11 +24,13 @@ __all__ = ["share_tensors"]
 def share_tensors(model: nn.Module, layout: Layout) -> None:
     """Split the experts of `model` and reduce the gradients of what latent attention's heads share; in every worker, before DeepSpeed."""
     group = _group(layout)
-    for module in model.modules():
+    for name, module in list(model.named_modules()):
         if hasattr(module, "expand_kv"):
             _reduce_rotary_key(module, group)
         if {"gate_up_proj", "down_proj"} <= module._parameters.keys():
             _split_experts(module, group)
+        if hasattr(module, "lora_A"):
+            _split_adapted(name, module, group)
 
 
 class _Copied(torch.autograd.Function):
@@ -76,6 +78,21 @@ def _reduce_rotary_key(attention: Any, group: Any) -> None:
         return usual(latent, _Copied.apply(rotary, group))  # type: ignore[no-untyped-call]
 
     attention.expand_kv = expand_kv
+
+
+def _split_adapted(name: str, adapted: Any, group: Any) -> None:
+    """AutoTP takes a layer with an adapter for one matrix and would drop the adapter, so its three are split here."""
+    from deepspeed.module_inject import set_autotp_mode
+    from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
+
+    leaf = name.rpartition(".")[2]
+    set_autotp_mode(training=True)
+    if leaf in COLUMNS:
+        adapted.base_layer = LinearLayer(adapted.base_layer, group, name=f"{name}.base_layer")
+        adapted.lora_B["default"] = LinearLayer(adapted.lora_B["default"], group, name=f"{name}.lora_B")
+    elif leaf in ROWS:
+        adapted.base_layer = LinearAllreduce(adapted.base_layer, group, name=f"{name}.base_layer")
+        adapted.lora_A["default"] = LinearAllreduce(adapted.lora_A["default"], group, name=f"{name}.lora_A")
 
 
 def _split_experts(experts: Any, group: Any) -> None:

@@ -36,6 +36,9 @@ class PublishingReporter:
     def report(self, metrics: dict[str, float]) -> None:
         pass
 
+    def is_leaving(self) -> bool:
+        return False
+
     def save(self, metrics: dict[str, float], source: Path, destination: Path, publish: Callable[[Path], None]) -> None:
         publish(source)
         dist.barrier()

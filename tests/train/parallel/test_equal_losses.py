@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+import shutil
 
-from r1ray.train.progress import curve
+import pytest
+import torch
+
+from safetensors.torch import load_file
+
+from r1ray.train import checkpoint
+from r1ray.train.consolidate import with_weights
+from r1ray.train.progress import FILE, curve
 
 MODELS = ("qwen2", "deepseek_v3")
 
@@ -39,3 +47,55 @@ def test_tensor_parallel_learns_as_one_worker_does(train, alone, model, stage) -
 def test_sequence_parallel_learns_as_one_worker_does(train, alone, model, stage) -> None:
     found = losses(train(model, "train.parallelism.sequence=2", f"train.zero_stage={stage}"))
     assert found == pytest.approx(alone(model), rel=1e-4)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("stage", [0, 1])
+def test_pipeline_parallel_learns_as_one_worker_does(train, alone, model, stage) -> None:
+    found = losses(train(model, "train.parallelism.pipeline=2", f"train.zero_stage={stage}"))
+    assert found == pytest.approx(alone(model), rel=1e-4)
+
+
+LORA = ("train.method=lora", "train.lora.targets=null", "train.learning_rate=2e-2")
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("split", ["tensor", "pipeline", "sequence"])
+def test_an_adapter_learns_as_on_one_worker(train, alone, model, split) -> None:
+    found = losses(train(model, f"train.parallelism.{split}=2", "train.zero_stage=1", *LORA))
+    expected = alone(model, *LORA)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert max(expected) > min(expected) + 1e-3, "it learned something"
+
+
+def weights(directory) -> dict[str, torch.Tensor]:
+    """Of the run's last checkpoint, as export takes them."""
+    good = checkpoint.last_good(directory)
+    assert good is not None
+    return {name: tensor for file in with_weights(good[0], "float32") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("split", [("tensor", 2), ("pipeline", 1), ("sequence", 2), ("sequence", 3)])
+def test_a_split_model_is_saved_whole(train, model, split) -> None:
+    degree, stage = split
+    expected = weights(train(model, "train.zero_stage=0", world=1))
+    found = weights(train(model, f"train.parallelism.{degree}=2", f"train.zero_stage={stage}"))
+    assert {name: tensor.shape for name, tensor in found.items()} == {name: tensor.shape for name, tensor in expected.items()}
+    assert all((found[name] - expected[name]).abs().mean() < 1e-4 for name in expected), "AdamW's first steps are of 5e-3"
+
+
+@pytest.mark.parametrize("split", ["tensor", "pipeline", "sequence"])
+def test_a_split_training_resumes_with_the_same_losses(train, split, tmp_path) -> None:
+    settings = (f"train.parallelism.{split}=2", "train.zero_stage=1", "train.checkpoint_every_steps=2", "train.method=lora")
+    calm = losses(train("qwen2", *settings))
+    place = tmp_path / "run"
+    place.mkdir()
+    train("qwen2", *settings, directory=place)
+    newest, before = checkpoint.found(place)
+    shutil.rmtree(newest)
+    assert checkpoint.read(before).step == 2
+    train("qwen2", *settings, directory=place)
+    lines = (place / FILE).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 3, 4]
+    assert losses(place) == calm
