@@ -156,6 +156,8 @@ class TrainConfig(Config):
             self._can_compare_answers()
         if self.objective == "distill" and self.distill.teacher is None:
             raise ValueError("objective distill needs a model to learn from; set train.distill.teacher to a registry reference")
+        if self.objective == "distill" and self.distill.mode == "logits" and self.zero_stage == 3:
+            raise ValueError("zero_stage 3 would split the teacher, too; set zero_stage=2, or distill.mode=texts")
         if self.batch_size < num_groups:
             raise ValueError(f"batch_size {self.batch_size} leaves some of the {num_groups} workers idle; set batch_size to at least that")
         return self

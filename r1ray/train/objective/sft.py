@@ -29,9 +29,14 @@ class Supervised(Objective):
     def prepare(self, rows: Loaded, base: Artifact, config: FinetuneConfig, settings: Settings) -> TokenSet:
         return tokenise(rows, base, config.data, max_length=config.train.max_length, cache=settings.cache)
 
+    def trainer_class(self, _: Bench) -> type[SupervisedTrainer]:
+        from r1ray.train.objective.sft_trainer import SupervisedTrainer
+
+        return SupervisedTrainer
+
     def trainer(self, bench: Bench) -> SupervisedTrainer:
         from r1ray.train.feed import Feed
-        from r1ray.train.objective.sft_trainer import SupervisedTrainer, sft_arguments
+        from r1ray.train.objective.sft_trainer import sft_arguments
 
         arguments = sft_arguments(bench)  # before the model: ZeRO-3 must be known when it is loaded
         order, tokenizer = bench.order, bench.tokenizer()
@@ -51,7 +56,7 @@ class Supervised(Objective):
             from r1ray.train.parallel.pipeline import PipelineTrainer
 
             return PipelineTrainer(bench, feed)
-        trainer = SupervisedTrainer(
+        trainer = self.trainer_class(bench)(
             bench.model(), arguments, feed=bench.sliced(feed), schedule=bench.schedule, tokenizer=tokenizer, callbacks=bench.callbacks
         )
         if order.held_out is not None:

@@ -1,0 +1,134 @@
+"""A teacher's answers to the questions of a data set, written once through the engine and kept as Parquet with their provenance.
+
+Runs in the driver. The last answer of each dialogue is replaced by the teacher's; its reasoning comes with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from r1ray.data.read import Loaded
+from r1ray.engine.config import EngineConfig
+from r1ray.engine.create import create_engine
+from r1ray.engine.offline import Completion, generate_all
+from r1ray.engine.protocol import GenerationRequest
+from r1ray.errors import NothingToTrain
+from r1ray.model.load import load_tokenizer
+from r1ray.model.reasoning import split
+from r1ray.model.template import prompt_ids, read
+from r1ray.registry import Registry
+from r1ray.settings import Settings
+from r1ray.train.config import FinetuneConfig
+from r1ray.train.prompts import last_answer
+from r1ray.types import Artifact, Conversation, Message, Sampling
+
+__all__ = ["taught_by"]
+
+_FORMAT = 1  # of the cache; raise it when the meaning of a column changes
+_NUM_SLOTS = 32
+_SCHEMA = pa.schema([("id", pa.string()), ("answer", pa.string()), ("reasoning", pa.string()), ("finish_reason", pa.string())])
+_log = logging.getLogger(__name__)
+
+
+def taught_by(teacher: Artifact, loaded: Loaded, config: FinetuneConfig, settings: Settings) -> Loaded:
+    """The dialogues with the teacher's last answer; those that it did not finish within `max_new_tokens` are left out, counted.
+
+    Raises:
+        NothingToTrain: no answer is left.
+    """
+    asked = [conversation for conversation in loaded.conversations if last_answer(conversation)]
+    path = settings.cache / "answers" / f"{_key(teacher, loaded, config)}.parquet"
+    if path.exists():
+        _log.info("answers of %s from the cache: %s", teacher.ref, path)
+    else:
+        _write(asked, teacher, config, settings, path)
+    answers = {row["id"]: row for row in pq.read_table(path).to_pylist() if row["finish_reason"] == "stop" and row["answer"].strip()}
+    taught = tuple(_answered(one, answers[one.id]) for one in asked if one.id in answers)
+    if not taught:
+        raise NothingToTrain(
+            f"{teacher.ref} finished none of {len(asked)} answers within train.distill.max_new_tokens={config.train.distill.max_new_tokens}. "
+            "Raise that, or choose another teacher."
+        )
+    if len(taught) < len(loaded.conversations):
+        _log.warning("%d of %d questions have no finished answer of %s", len(loaded.conversations) - len(taught), len(asked), teacher.ref)
+    return replace(loaded, conversations=taught)
+
+
+def _write(asked: list[Conversation], teacher: Artifact, config: FinetuneConfig, settings: Settings, path: Path) -> None:
+    _log.info("%s answers %d questions", teacher.ref, len(asked))
+    tokenizer, thinks = load_tokenizer(teacher), read(teacher).thinks
+    done = _generate(asked, teacher, config, settings)
+    parts = [split(tokenizer.decode(one.token_ids, skip_special_tokens=True), thinks) for one in done]
+    columns = {
+        "id": [conversation.id for conversation in asked],
+        "answer": [answer for _, answer in parts],
+        "reasoning": [reasoning for reasoning, _ in parts],
+        "finish_reason": [one.finish_reason for one in done],
+    }
+    provenance = {
+        "teacher": teacher.ref,
+        "weights_sha256": teacher.manifest.weights_sha256,
+        "sampling": _sampling(config).model_dump(mode="json"),
+        "system_prompt": config.data.system_prompt,
+        "data": str(config.data.path),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    table = pa.table(columns, schema=_SCHEMA).replace_schema_metadata({"r1ray": json.dumps(provenance, ensure_ascii=False)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(table, unfinished, compression="zstd")
+    unfinished.rename(path)
+
+
+def _generate(asked: list[Conversation], teacher: Artifact, config: FinetuneConfig, settings: Settings) -> list[Completion]:
+    engine = create_engine(teacher, EngineConfig(num_slots=_NUM_SLOTS), Registry(settings))
+    tokenizer, sampling = load_tokenizer(teacher), _sampling(config)
+    requests = [
+        GenerationRequest(
+            id=str(number),
+            prompt_ids=tuple(
+                prompt_ids(tokenizer, conversation.messages[: last_answer(conversation)], system_prompt=config.data.system_prompt)
+            ),
+            sampling=sampling.model_copy(update={"seed": config.train.seed + number}),
+        )
+        for number, conversation in enumerate(asked)
+    ]
+    num_done = 0
+
+    def on_done(_: Completion) -> None:
+        nonlocal num_done
+        num_done += 1
+        if num_done % 100 == 0:
+            _log.info("%d of %d questions answered", num_done, len(requests))
+
+    try:
+        return generate_all(engine, requests, on_done)
+    finally:
+        asyncio.run(engine.stop())
+
+
+def _sampling(config: FinetuneConfig) -> Sampling:
+    settings = config.train.distill
+    return Sampling(temperature=settings.sample_temperature, max_tokens=settings.max_new_tokens, seed=config.train.seed)
+
+
+def _answered(conversation: Conversation, row: dict[str, str]) -> Conversation:
+    end = last_answer(conversation)
+    said = Message(role="assistant", content=row["answer"], reasoning=row["reasoning"])
+    return replace(conversation, messages=(*conversation.messages[:end], said))
+
+
+def _key(teacher: Artifact, loaded: Loaded, config: FinetuneConfig) -> str:
+    asked = [_FORMAT, loaded.data_hash, config.data.system_prompt, _sampling(config).model_dump(mode="json")]
+    parts = [*asked, teacher.manifest.weights_sha256, teacher.manifest.template.sha256]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
