@@ -11,7 +11,8 @@
     ├── RegistryError
     │   ├── ModelNotFound           no registered model of that name
     │   ├── VersionNotFound         the model has no such version or alias
-    │   └── ArtifactInvalid         a directory that is incomplete, altered or of the wrong kind
+    │   ├── ArtifactInvalid         a directory that is incomplete, altered or of the wrong kind
+    │   └── PromotionRefused        the gate said no, or was not asked where it must be; names the failed checks
     ├── ModelError
     │   ├── UnsupportedModel        not a causal LM that r1ray can load
     │   ├── TemplateMismatch        another chat template than the one the artifact was trained with
@@ -25,7 +26,8 @@
     │   └── NothingToTrain          no row, or no token that carries loss
     ├── TrainingError
     │   ├── CheckpointCorrupt       a checkpoint that cannot be read; names the last good one
-    │   └── DiskFull                no room to write; says how much is wanted
+    │   ├── DiskFull                no room to write; says how much is wanted
+    │   └── OutOfMemory             a worker's memory is too small; says what was tried
     ├── EngineError
     │   ├── PromptTooLong           prompt (and wanted tokens) exceed the context
     │   ├── QueueFull               no room for another request; retry later
@@ -67,7 +69,9 @@ __all__ = [
     "ModelError",
     "ModelNotFound",
     "NothingToTrain",
+    "OutOfMemory",
     "PortInUse",
+    "PromotionRefused",
     "PromptTooLong",
     "QueueFull",
     "R1RayError",
@@ -126,6 +130,9 @@ class VersionNotFound(RegistryError): ...
 class ArtifactInvalid(RegistryError): ...
 
 
+class PromotionRefused(RegistryError): ...
+
+
 class ModelError(R1RayError): ...
 
 
@@ -166,6 +173,9 @@ class CheckpointCorrupt(TrainingError): ...
 
 
 class DiskFull(TrainingError): ...
+
+
+class OutOfMemory(TrainingError): ...
 
 
 class EngineError(R1RayError): ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from r1ray.errors import UnsupportedModel
+from r1ray.train.dropout import set_dropout
 from r1ray.train.order import WorkOrder
 
 if TYPE_CHECKING:
@@ -28,9 +29,14 @@ def trained_model(order: WorkOrder) -> PreTrainedModel:
     from r1ray.model.load import load_model
     from r1ray.registry import Registry
 
-    model = load_model(order.base, registry=Registry(order.settings), dtype=order.dtype, device="cpu")  # type: ignore[arg-type]
+    if order.config.objective == "reward":
+        model = _with_head(order)
+    else:
+        model = load_model(order.base, registry=Registry(order.settings), dtype=order.dtype, device="cpu")  # type: ignore[arg-type]
     model.set_attn_implementation(order.attention)
     model.config.use_cache = False
+    if order.config.dropout:
+        set_dropout(model, order.config.dropout)
     model.train()
     if order.config.method == "full":
         return model
@@ -45,6 +51,8 @@ def trained_model(order: WorkOrder) -> PreTrainedModel:
 
 
 def _settings(order: WorkOrder) -> PeftConfig:
+    from peft import TaskType
+
     from r1ray.model.adapters import lora, prefix_tuning, prompt_tuning
     from r1ray.model.checkpoint import read_json
     from r1ray.model.family import family_of
@@ -57,7 +65,7 @@ def _settings(order: WorkOrder) -> PeftConfig:
     shape, family = config.lora, family_of(read_json(order.base.path / "config.json"))
     if shape.experts and not family.has_experts:
         raise UnsupportedModel(f"train.lora.experts=true, but {order.base.ref} ({family.name}) has no experts. Set it to false.")
-    return lora(
+    chosen = lora(
         family,
         rank=shape.rank,
         alpha=shape.alpha,
@@ -67,6 +75,20 @@ def _settings(order: WorkOrder) -> PeftConfig:
         use_dora=shape.dora,
         use_rslora=shape.rslora,
     )
+    if config.objective == "reward":
+        chosen.task_type, chosen.modules_to_save = TaskType.SEQ_CLS, ["score"]
+    return chosen
+
+
+def _with_head(order: WorkOrder) -> PreTrainedModel:
+    """For a reward model: the head is random, alike on all ranks."""
+    from transformers import set_seed
+
+    from r1ray.model.load import load_tokenizer
+    from r1ray.model.reward import load_with_head
+
+    set_seed(order.config.seed)
+    return load_with_head(order.base.path, dtype=order.dtype, pad_id=load_tokenizer(order.base).pad_token_id or 0)
 
 
 def _begin_prefix(model: Any, order: WorkOrder, text: str) -> None:

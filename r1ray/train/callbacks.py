@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from r1ray.train import checkpoint, universal
 from r1ray.train.config import TrainConfig
 from r1ray.train.progress import Curve, Step
 from r1ray.train.reporter import Reporter
+from r1ray.train.saved import check_saved
+from r1ray.train.standing import KEPT, MARK, Standing
 from r1ray.train.trainer import PacedTrainer
 
 __all__ = ["Diverged", "Pace"]
@@ -44,6 +46,7 @@ class Pace(TrainerCallback):
     elapsed_before_s: float = 0.0
     is_converted: bool = False
     """Whether the training goes on from a checkpoint of another number of workers."""
+    standing: Standing = field(default_factory=Standing)
     trainer: PacedTrainer | None = None
     curve: Curve | None = None
     _began: float = 0.0
@@ -52,6 +55,8 @@ class Pace(TrainerCallback):
     _loss: float = math.nan
     _rate: float = 0.0
     _last: Step | None = None
+    _is_leaving: bool = False
+    _was_leaving: bool = False
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self._began = self._step_began = time.monotonic()
@@ -65,11 +70,13 @@ class Pace(TrainerCallback):
         """Exchange before the learning rate moves on, since that may depend on the elapsed time."""
         trainer = self._bound
         elapsed = self.elapsed_before_s + time.monotonic() - self._began
-        exchanged = torch.tensor([trainer.tally.take(), elapsed if self.rank == 0 else 0.0], dtype=torch.float64, device=args.device)
+        told = [trainer.tally.take(), elapsed if self.rank == 0 else 0.0, float(self.reporter.is_leaving())]
+        exchanged = torch.tensor(told, dtype=torch.float64, device=args.device)
         if dist.is_initialized():
             dist.all_reduce(exchanged)
         self._loss = exchanged[0].item() / trainer.feed.num_trained(state.global_step)
         trainer.schedule.elapsed_s = exchanged[1].item()
+        self._is_leaving = exchanged[2].item() > 0
         self._rate = trainer.learning_rate
         if not math.isfinite(self._loss):
             raise Diverged(
@@ -80,12 +87,16 @@ class Pace(TrainerCallback):
     def on_step_end(self, _: TrainingArguments, state: TrainerState, control: TrainerControl, **__: Any) -> TrainerControl:
         trainer = self._bound
         step = self._measured(state)
+        is_over = trainer.schedule.is_over(state.global_step, step.seconds)
+        if self.config.eval_share and (is_over or state.global_step % self.config.eval_every_steps == 0):
+            step = replace(step, marks={**step.marks, MARK: self._examined(state.global_step)})
         self._last = step
         if self.curve is not None:
             self.curve.write(step)
-        if trainer.schedule.is_over(state.global_step, step.seconds):
-            control.should_training_stop = True
-        control.should_save = control.should_training_stop or self._is_due(state.global_step)
+        is_best = self.standing.best_step == state.global_step
+        control.should_training_stop = is_over or self.standing.is_over(self.config.early_stopping_patience)
+        is_urgent, self._was_leaving = self._is_leaving and not self._was_leaving, self._is_leaving
+        control.should_save = control.should_training_stop or is_best or is_urgent or self._is_due(state.global_step)
         if not control.should_save and state.global_step % self.config.log_every_steps == 0:
             self.reporter.report(self._metrics())
         return control
@@ -93,15 +104,18 @@ class Pace(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         trainer = self._bound
         source = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        check_saved(source, trainer.num_trained_tensors)
         meta = checkpoint.Meta(
             run=self.run,
             step=state.global_step,
             world_size=self.world,
             zero_stage=self.config.zero_stage,
             elapsed_s=trainer.schedule.elapsed_s,
+            standing=self.standing,
         )
         destination = self.run_directory / checkpoint.directory_name(meta.step, meta.elapsed_s)
-        self.reporter.save(self._metrics(), source, destination, lambda staged: checkpoint.publish(staged, destination, meta, self.rank))
+        metrics = {**self._metrics(), KEPT: self.standing.kept_score(meta.step)}
+        self.reporter.save(metrics, source, destination, lambda staged: checkpoint.publish(staged, destination, meta, self.rank))
         self._saved_at_s = trainer.schedule.elapsed_s
         if self.rank == 0:
             universal.forget(self.run_directory)
@@ -110,6 +124,17 @@ class Pace(TrainerCallback):
     def _bound(self) -> PacedTrainer:
         assert self.trainer is not None, "set trainer before training"
         return self.trainer
+
+    def _examined(self, step: int) -> float:
+        """Loss on what was held out, of all ranks together; its time is not the next step's."""
+        summed, num_items = self._bound.held_out_loss()
+        total = torch.tensor([summed], dtype=torch.float64, device=self._bound.args.device)
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        loss = total.item() / num_items
+        self.standing = self.standing.after(step, loss)
+        self._step_began = time.monotonic()
+        return loss
 
     def _measured(self, state: TrainerState) -> Step:
         trainer, now = self._bound, time.monotonic()

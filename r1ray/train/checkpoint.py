@@ -10,18 +10,20 @@ A checkpoint of which a list is missing was never finished. Knows no trainer and
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
 import shutil
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from r1ray.errors import CheckpointCorrupt, DiskFull
+from r1ray.train.standing import Standing
 
-__all__ = ["Meta", "directory_name", "disk_full", "found", "last_good", "publish", "read"]
+__all__ = ["Meta", "best_good", "directory_name", "disk_full", "found", "last_good", "publish", "read"]
 
 _PREFIX = "checkpoint_"
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -37,7 +39,7 @@ class Meta:
     world_size: int
     zero_stage: int
     elapsed_s: float
-    trained_tokens: int = 0
+    standing: Standing = field(default_factory=Standing)
 
 
 def directory_name(step: int, elapsed_s: float) -> str:
@@ -119,6 +121,19 @@ def last_good(run_directory: Path) -> tuple[Path, Meta] | None:
     return None
 
 
+def best_good(run_directory: Path) -> tuple[Path, Meta] | None:
+    """The checkpoint with the lowest loss on what was held out, of those that can be read; the newest where nothing was measured."""
+    last = last_good(run_directory)
+    if last is None or last[1].standing.best_loss is None:
+        return last
+    for directory in found(run_directory):
+        if directory.name.startswith(f"{_PREFIX}{last[1].standing.best_step:08d}_"):
+            with contextlib.suppress(CheckpointCorrupt):
+                return directory, read(directory)
+    _log.warning("the checkpoint of step %d, the best one, cannot be read: taking step %d", last[1].standing.best_step, last[1].step)
+    return last
+
+
 def disk_full(path: Path, cause: object) -> DiskFull:
     """The error for a checkpoint that found no room."""
     place = next(parent for parent in (path, *path.parents) if parent.exists())
@@ -152,7 +167,7 @@ def _list(directory: Path, rank: int) -> tuple[Meta, dict[str, list[int]]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         files = dict(content.pop("files"))
-        return Meta(**content), files
+        return Meta(**{**content, "standing": Standing(**content.get("standing", {}))}), files
     except FileNotFoundError as error:
         raise CheckpointCorrupt(f"{directory} was not finished: rank {rank} never wrote its list.") from error
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from r1ray.config import Config
 from r1ray.data.config import DataConfig
-from r1ray.train.blocks import DistillSettings, GrpoSettings
+from r1ray.train.blocks import DistillSettings, DpoSettings, GrpoSettings, RewardModelSettings
 from r1ray.train.parallel.layout import check_combination
 
 __all__ = ["FinetuneConfig", "LoraSettings", "Parallelism", "PromptSettings", "TrainConfig"]
@@ -77,16 +77,18 @@ class TrainConfig(Config):
         default=None, ge=1, description="Compute threads of a worker; null: the node's cores / num_workers."
     )
 
-    objective: Literal["sft", "grpo", "distill"] = Field(
+    objective: Literal["sft", "dpo", "reward", "grpo", "distill"] = Field(
         default="sft",
-        description="What is minimised: sft, the next token of the assistant's turns; grpo, minus the rewards of its own answers; distill, "
-        "the distance to a larger model.",
+        description="What is minimised: sft, the next token of the assistant's turns; dpo, preferring the worse of two answers; reward, "
+        "the same by a model that gives numbers; grpo, minus the rewards of its own answers; distill, the distance to a larger model.",
     )
     method: Literal["lora", "full", "prompt", "prefix"] = Field(
         default="lora", description="What is trained: a LoRA adapter, all weights, a soft prompt, or its keys and values in every layer."
     )
     lora: LoraSettings = Field(default_factory=LoraSettings, description="The adapter's shape, for lora.")
     prompt: PromptSettings = Field(default_factory=PromptSettings, description="The soft prompt, for prompt and prefix.")
+    dpo: DpoSettings = Field(default_factory=DpoSettings, description="Loss and its parameters, for dpo.")
+    reward: RewardModelSettings = Field(default_factory=RewardModelSettings, description="Loss of a reward model, for reward.")
     grpo: GrpoSettings = Field(default_factory=GrpoSettings, description="Answers, rewards and their loss, for grpo.")
     distill: DistillSettings = Field(default_factory=DistillSettings, description="Teacher and divergence, for distill.")
     zero_stage: Literal[0, 1, 2, 3] = Field(
@@ -95,9 +97,17 @@ class TrainConfig(Config):
     parallelism: Parallelism = Field(
         default_factory=Parallelism, description="Split the model itself, for what ZeRO alone cannot fit; one degree above 1."
     )
-    dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        default="auto", description="Weights and arithmetic; master weights stay float32. auto: bfloat16 where the hardware multiplies it."
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        default="none",
+        description="What lies in the node's memory instead of the GPU's: optimizer (states and their arithmetic, ZeRO 1-3), parameters "
+        "(weights too, ZeRO 3).",
     )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="auto",
+        description="Weights and arithmetic; master weights stay float32. auto: bfloat16 where the hardware multiplies it. float16 is for "
+        "GPUs without bfloat16; its loss is scaled.",
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of attention weights, and of hidden states where the model can.")
     attention: Literal["auto", "eager", "sdpa"] = Field(
         default="auto", description="Attention code; auto: eager on CPUs, where PyTorch's fused backward is the slower one, sdpa on GPUs."
     )
@@ -127,31 +137,37 @@ class TrainConfig(Config):
     group_window: int = Field(default=8, ge=1, description="Dialogues of similar length are batched within this many batches; 1 is off.")
     seed: int = Field(default=0, description="Order of the data, adapter initialisation, dropout.")
 
+    eval_share: float = Field(default=0.0, ge=0, le=0.5, description="Share of the dialogues held out, by seed, to measure the loss on.")
+    eval_every_steps: int = Field(default=50, ge=1, description="Measure it each so many steps and at the end; the best step is exported.")
+    early_stopping_patience: int | None = Field(
+        default=None, ge=1, description="Stop after so many measurements in a row without a better one; null: never."
+    )
+
     log_every_steps: int = Field(default=5, ge=1, description="A progress line, an MLflow point and a Ray report each so many steps.")
     checkpoint_every_steps: int | None = Field(
         default=None, ge=1, description="Save each so many steps; null: only by time and at the end."
     )
     checkpoint_every_seconds: float | None = Field(default=120, gt=0, description="Save when this much time has passed; null: off.")
-    num_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints that are kept.")
+    num_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints that are kept; with eval_share, the best and the newest.")
     max_failures: int = Field(default=2, ge=0, description="Worker losses after which the job gives up.")
     restart: bool = Field(default=False, description="Forget an earlier run of the same job instead of resuming it.")
 
     @model_validator(mode="after")
     def _is_consistent(self) -> TrainConfig:
-        if self.zero_stage == 0 and self.dtype == "bfloat16":
-            raise ValueError(
-                "zero_stage 0 with dtype bfloat16 keeps no float32 master weights and learns worse; set zero_stage=1 or dtype=float32"
-            )
+        self._can_store()
         if self.method == "prefix" and self.zero_stage == 3:
             raise ValueError("method prefix begins with keys computed by the whole base, which zero_stage 3 splits; set zero_stage=2")
         if self.packing and self.method in ("prompt", "prefix"):
             raise ValueError(f"packing lays dialogues end to end, and method {self.method} goes before each of them; set packing=false")
         check_combination(self)
+        self._can_measure()
         if self.min_workers > self.max_workers:
             raise ValueError(f"num_workers [{self.min_workers}, {self.max_workers}] is an empty range; write [min, max]")
         if self.is_elastic and self.parallelism.split > 1:
             raise ValueError("num_workers cannot be a range where workers share a model (parallelism); set it to a number")
         num_groups = self.max_workers // self.parallelism.split
+        if self.objective in ("dpo", "reward"):
+            self._can_compare_pairs()
         if self.objective == "grpo":
             self._can_compare_answers()
         if self.objective == "distill" and self.distill.teacher is None:
@@ -161,6 +177,23 @@ class TrainConfig(Config):
         if self.batch_size < num_groups:
             raise ValueError(f"batch_size {self.batch_size} leaves some of the {num_groups} workers idle; set batch_size to at least that")
         return self
+
+    def _can_store(self) -> None:
+        if self.zero_stage == 0 and self.dtype in ("bfloat16", "float16"):
+            raise ValueError(
+                f"zero_stage 0 with dtype {self.dtype} keeps no float32 master weights and learns worse; set zero_stage=1 or dtype=float32"
+            )
+        if self.dtype == "float16" and not self.use_gpu:
+            raise ValueError("dtype float16 needs a GPU: CPUs multiply it slower than float32; set dtype=auto, or use_gpu=true")
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(f"offload {self.offload} needs ZeRO; set zero_stage={least}, it is {self.zero_stage}")
+
+    def _can_measure(self) -> None:
+        if self.early_stopping_patience is not None and not self.eval_share:
+            raise ValueError("early_stopping_patience needs held-out dialogues to watch; set eval_share, to 0.05 say")
+        if self.eval_share and (self.objective != "sft" or self.parallelism.pipeline > 1):
+            raise ValueError("eval_share measures objective sft without pipeline stages; set it to 0 here")
 
     @property
     def is_elastic(self) -> bool:
@@ -179,6 +212,12 @@ class TrainConfig(Config):
     def rows_per_batch(self) -> int:
         """Rows that the passes of one optimizer step compute, over all workers."""
         return self.batch_size * (self.grpo.num_generations if self.objective == "grpo" else 1)
+
+    def _can_compare_pairs(self) -> None:
+        if self.packing:
+            raise ValueError(f"packing lays dialogues end to end, which the pairs of objective {self.objective} are not; set packing=false")
+        if self.objective == "reward" and self.method not in ("lora", "full"):
+            raise ValueError(f"objective reward trains by lora or full, method is {self.method}; set one of these")
 
     def _can_compare_answers(self) -> None:
         if not self.grpo.rewards:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,10 +20,21 @@ from ray.train._internal.base_worker_group import BaseWorkerGroup
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.execution.context import TrainRunContext
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    FixedScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
 from ray.train.v2._internal.util import TrainingFramework
+from ray.train.v2.api.config import ScalingConfig
 
-__all__ = ["AskNobody", "ProcessGroupConfig"]
+from r1ray.train import checkpoint
+from r1ray.train.failures import ran_out_of_memory, worker_causes
+
+__all__ = ["AskNobody", "FollowCluster", "NotWithoutMemory", "ProcessGroupConfig"]
 
 _SHUTDOWN_TIMEOUT_S = 30
 _log = logging.getLogger(__name__)
@@ -77,6 +90,76 @@ class AskNobody(FixedScalingPolicy):
 
     def _maybe_send_resource_request(self) -> None:
         """There is no coordinator to repeat it to."""
+
+
+class NotWithoutMemory(DefaultFailurePolicy):
+    """Ray's own, except that workers without enough memory are not started again as they were."""
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        if any(ran_out_of_memory(cause) for cause in worker_causes(training_failed_error).values()):
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
+
+
+class FollowCluster(ElasticScalingPolicy):
+    """As many workers as the cluster has room for, between `min_workers` and `max_workers`.
+
+    Ray's own policy, with two differences. Nodes are counted when asked for, where Ray's reservation is up to 20 s old and the start
+    would wait for a node that has died. And workers are added right after a checkpoint, since the old ones are ended for it: nothing
+    is trained twice.
+    """
+
+    def __init__(self, scaling_config: ScalingConfig, run_directory: Path, *, waits_for_checkpoint: bool) -> None:
+        super().__init__(scaling_config)
+        self._run_directory, self._waits = run_directory, waits_for_checkpoint
+        self._wanted_since: float | None = None
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> ScalingDecision:
+        decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+        if not isinstance(decision, ResizeDecision):
+            return decision
+        self._wanted_since = self._wanted_since or time.time()
+        if self._waits and not _saved_since(self._run_directory, self._wanted_since, worker_group_state.num_workers):
+            self._latest_monitor_time = float("-inf")  # look again at the next poll
+            return NoopDecision()
+        _log.warning("going from %d to %d workers: the cluster has changed", worker_group_state.num_workers, decision.num_workers)
+        return decision
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        self._wanted_since = None
+        return super().make_decision_for_non_running_worker_group()
+
+    def _get_reserved_resources(self) -> Any:
+        """As of now, and only of nodes that are there to stay."""
+        now = time.monotonic()
+        if now - self._latest_reserved_resources_query_time < self.GET_RESERVED_RESOURCES_INTERVAL_S:
+            return self._latest_reserved_resources
+        self._latest_reserved_resources_query_time, self._latest_reserved_resources = now, None
+        coordinator = self._autoscaling_coordinator
+        try:
+            reserved = ray.get(
+                coordinator.get_reserved_resources.remote(self._requester_id, recompute=True), timeout=_COORDINATOR_TIMEOUT_S
+            )
+        except GetTimeoutError:
+            _log.warning("the AutoscalingCoordinator did not answer within %d s: the number of workers stays", _COORDINATOR_TIMEOUT_S)
+            return None
+        leaving = ray._private.state.state.get_draining_nodes()
+        staying = {node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving}
+        self._latest_reserved_resources = {node: resources for node, resources in reserved.items() if node in staying}
+        return self._latest_reserved_resources
+
+
+_COORDINATOR_TIMEOUT_S = 30  # it is an actor that starts as slowly as the machine is busy
+_SETTLED_S = 1.0  # Ray Train learns of a checkpoint after its files are in place
+
+
+def _saved_since(run_directory: Path, since: float, num_workers: int) -> bool:
+    """Whether a checkpoint was begun after `since` and finished by all workers."""
+    for directory in checkpoint.found(run_directory):
+        times = [path.stat().st_mtime for path in directory.glob("meta-rank*.json")]
+        if len(times) == num_workers and since <= min(times) and max(times) <= time.time() - _SETTLED_S:
+            return True
+    return False
 
 
 def _join(address: str, port: int, config: ProcessGroupConfig) -> None:

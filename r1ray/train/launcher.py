@@ -13,6 +13,7 @@ from pathlib import Path
 
 from r1ray import cluster
 from r1ray.errors import RegistryError, TrainingError, UnsupportedModel
+from r1ray.model.checkpoint import read_json
 from r1ray.observe.tracking import Run
 from r1ray.registry import Registry
 from r1ray.settings import Settings
@@ -21,8 +22,10 @@ from r1ray.train.config import FinetuneConfig, TrainConfig
 from r1ray.train.export import Result, export
 from r1ray.train.objective import objective_of
 from r1ray.train.order import WorkOrder, resolve_order, worker_bundles
+from r1ray.train.parallel.layout import check_model
 from r1ray.train.plot import draw, sparkline
 from r1ray.train.progress import Follower, Step, curve, line
+from r1ray.train.standing import MARK, Standing
 from r1ray.types import Artifact
 
 __all__ = ["finetune"]
@@ -62,38 +65,42 @@ def _train(config: FinetuneConfig, order: WorkOrder, data_hash: str, registry: R
     from r1ray.train.fit import fit  # here, since Ray Train takes seconds to import and most mistakes show before
 
     known = runs.load(order.run_directory)
+    smaller = known.micro_batch_size if known else None
     with Run(EXPERIMENT, order.run, settings=order.settings, resume_run_id=known.mlflow_run_id if known else None) as tracked:
         tracked.log_params(config.model_dump(mode="json") | {"base": order.base.ref, "data_hash": data_hash})
-        state = runs.store(order.run_directory, runs.RunState(mlflow_run_id=tracked.id, dtype=order.dtype))
+        state = runs.store(order.run_directory, runs.RunState(mlflow_run_id=tracked.id, dtype=order.dtype, micro_batch_size=smaller))
 
         def on_steps(steps: list[Step]) -> None:
             _say(line(steps))
             tracked.log_metrics(steps[-1].metrics(), step=steps[-1].step)
 
-        _say(f"starting {config.train.num_workers} workers (each loads torch and the base, about 10 s)")
+        _say(f"starting {config.train.max_workers} workers (each loads torch and the base, about 10 s)")
         started = time.monotonic()
         with Follower(order.run_directory, on_steps, every=config.train.log_every_steps):
-            fit(order)
+            fit(order, say=_say)
         steps = curve(order.run_directory)
         _say(f"loss {sparkline([step.loss for step in steps])}")
         tracked.log_artifact(draw(steps, order.run_directory / "learning_curve.png"))
         metrics = _metrics(order, time.monotonic() - started)
         metrics |= objective_of(config.train.objective).closing(order.run_directory, _say)
+        best, standing = _best_checkpoint(order)
+        if standing.best_loss is not None:
+            metrics |= {MARK: standing.best_loss, "best_step": float(standing.best_step)}
+            _say(f"step {standing.best_step} is registered, the best of those measured: {MARK} {standing.best_loss:.4f}")
         tracked.log_metrics(metrics)
-        last = _last_checkpoint(order)
-        trained = {"checkpoint": last, "dtype": order.dtype, "base": order.base, "data_hash": data_hash}
+        trained = {"checkpoint": best, "dtype": order.dtype, "base": order.base, "data_hash": data_hash}
         result = Result(**trained, config=config, metrics=metrics, run_id=tracked.id)
         artifact = export(result, registry)
-        runs.store(order.run_directory, state, version=artifact.ref)
+        runs.store(order.run_directory, runs.load(order.run_directory) or state, version=artifact.ref)
     _say(f"registered {artifact.ref}: {artifact.path}")
     return artifact
 
 
-def _last_checkpoint(order: WorkOrder) -> Path:
-    last = checkpoint.last_good(order.run_directory)
-    if last is None:
+def _best_checkpoint(order: WorkOrder) -> tuple[Path, Standing]:
+    best = checkpoint.best_good(order.run_directory)
+    if best is None:
         raise TrainingError(f"Training of {order.run} ended without a checkpoint in {order.run_directory}. This is a defect.")
-    return last[0]
+    return best[0], best[1].standing
 
 
 def _check_cluster(config: TrainConfig, settings: Settings) -> None:
@@ -110,6 +117,7 @@ def _base(config: FinetuneConfig, registry: Registry) -> Artifact:
             f"base={config.base} is of kind {base.manifest.kind}; training needs full weights. "
             f"Give its base{f' {base.manifest.base}' if base.manifest.base else ''}, or merge it first."
         )
+    check_model(config.train, read_json(base.path / "config.json"), base.ref)
     return base
 
 

@@ -52,6 +52,7 @@ class WorkOrder:
     dtype: str
     attention: str
     settings: Settings
+    held_out: Material | None = None
 
 
 def plan_of(config: TrainConfig, lengths: list[int]) -> BatchPlan:
@@ -65,12 +66,20 @@ def resolve_order(
     config: TrainConfig, base: Artifact, material: Material, directory: Path, settings: Settings, say: Callable[[str], object]
 ) -> WorkOrder:
     """The order for the workers of the run in `directory`; tells `say` what was chosen and why."""
+    known = runs.load(directory)
+    if known is not None and known.micro_batch_size is not None and known.micro_batch_size < config.micro_batch_size:
+        say(f"micro_batch_size {known.micro_batch_size} instead of {config.micro_batch_size}, because the run ran out of memory before")
+        config = config.model_copy(update={"micro_batch_size": known.micro_batch_size})
+    held_out: Material | None = None
+    if config.eval_share:
+        from r1ray.train.parts import parted
+
+        material, held_out = parted(material, config.eval_share, config.seed)
     plan = plan_of(config, material.lengths())
     num_steps = min(plan.num_steps, config.max_steps or plan.num_steps)
     layout = layout_of(config, config.max_workers)
     accumulation = accumulation_steps(config.rows_per_batch, layout.data, config.micro_batch_size)
     padding = 0.0 if config.packing else plan.padding_share(layout.data, accumulation)
-    known = runs.load(directory)
     dtype, reason = (known.dtype, "the run began with it") if known else _dtype(config)
     eager = not config.use_gpu and layout.sequence == 1
     attention = config.attention if config.attention != "auto" else "eager" if eager else "sdpa"
@@ -80,6 +89,8 @@ def resolve_order(
     say(f"{num_steps} steps of {config.batch_size} dialogues ({_workers(config)} x {accumulation} passes){budget}")
     threads = f"{num_threads(config)} threads per worker"
     say(f"{config.objective}, {config.method}, ZeRO-{config.zero_stage}, {dtype} because {reason}, {attention} attention, {threads}")
+    if config.offload != "none" and not config.use_gpu:
+        say(f"train.offload={config.offload} saves nothing without GPUs: all of it is in the node's memory anyway")
     return WorkOrder(
         config=config,
         base=base,
@@ -90,6 +101,7 @@ def resolve_order(
         dtype=dtype,
         attention=attention,
         settings=settings,
+        held_out=held_out,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from r1ray.train.progress import Step
+from r1ray.train.standing import MARK
 
 __all__ = ["draw", "sparkline"]
 
@@ -26,7 +27,7 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
 
 
 def draw(steps: Sequence[Step], path: Path) -> Path:
-    """Loss per trained token and learning rate over tokens seen, as a PNG at `path`."""
+    """Loss per trained token, on what was held out too, and learning rate over tokens seen, as a PNG at `path`."""
     from matplotlib.figure import Figure  # without pyplot: no display and no global state
 
     seen, total = [], 0
@@ -36,6 +37,10 @@ def draw(steps: Sequence[Step], path: Path) -> Path:
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     loss = figure.subplots()
     loss.plot(seen, [step.loss for step in steps], color="tab:blue", linewidth=1.2)
+    measured = [(at, step.marks[MARK]) for at, step in zip(seen, steps, strict=True) if MARK in step.marks]
+    if measured:
+        loss.plot(*zip(*measured, strict=True), color="tab:orange", linewidth=1.2, marker="o", markersize=3)
+        loss.legend(["trained on", "held out"], loc="upper right")
     loss.set(xlabel="tokens seen", ylabel="loss (nats per trained token)", title=path.parent.name, ylim=(0, None))
     rate = loss.twinx()
     rate.plot(seen, [step.learning_rate for step in steps], color="tab:gray", linewidth=0.8, linestyle="--")

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from r1ray.train.standing import MARK
+
 __all__ = ["FILE", "Curve", "Follower", "Step", "curve", "line"]
 
 FILE = "progress.jsonl"
@@ -70,7 +72,8 @@ def line(steps: list[Step]) -> str:
     rate = sum(step.tokens for step in steps) / max(sum(step.seconds for step in steps), 1e-9)
     minutes, seconds = divmod(round(last.remaining_s), 60)
     speed = f"{rate:.0f} tokens/s  {minutes}:{seconds:02d} left"
-    marks = "".join(f"{name} {_mean(steps, name):.3f}  " for name in list(last.marks)[:_SHOWN_MARKS])
+    names = [name for name in last.marks if name != MARK][:_SHOWN_MARKS] + [MARK] * (MARK in last.marks)
+    marks = "".join(f"{name} {_mean(steps, name):.3f}  " for name in names)
     return f"step {last.step}/{last.total_steps}  loss {loss:.4f}  {marks}lr {last.learning_rate:.1e}  {speed}"
 
 
@@ -110,7 +113,7 @@ class Follower:
         self._offset += len(whole.encode())
         for step in _parsed(whole):
             self._pending.append(step)
-            if step.step % self._every == 0 or step.step == 1:
+            if step.step % self._every == 0 or step.step == 1 or MARK in step.marks:
                 self._flush()
 
     def _flush(self) -> None:

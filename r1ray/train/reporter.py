@@ -21,6 +21,9 @@ class Reporter(Protocol):
     def save(self, metrics: dict[str, float], source: Path, destination: Path, publish: Callable[[Path], None]) -> None:
         """`publish(source)` moves this rank's files to `destination`; returns when every rank's are there."""
 
+    def is_leaving(self) -> bool:
+        """Whether the end of a node was announced to this rank; ranks may learn of it at different steps."""
+
 
 class RayReporter:
     """To Ray Train: its dashboard, its list of checkpoints, from which the oldest are deleted."""
@@ -44,3 +47,9 @@ class RayReporter:
             checkpoint_upload_fn=move,
             delete_local_checkpoint_after_upload=True,
         )
+
+    def is_leaving(self) -> bool:
+        # `ray.train.get_preemption_info` asks all ranks through an actor; ours agree in the exchange that they make anyway
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        return get_train_context().preemption_context.preemption_info is not None

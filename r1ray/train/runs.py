@@ -20,12 +20,13 @@ from r1ray.types import Artifact
 __all__ = ["RunState", "forget", "load", "run_name", "store"]
 
 _FILE = "run.json"
-# What changes neither the batches nor the arithmetic: changing it resumes the run.
+# What changes neither the batches nor the loss: changing it resumes the run.
 _NEUTRAL = {
     "num_workers": 1,
     "use_gpu": False,
     "cpus_per_worker": 1,
     "threads_per_worker": None,
+    "micro_batch_size": 1,
     "log_every_steps": 1,
     "checkpoint_every_steps": None,
     "checkpoint_every_seconds": None,
@@ -42,6 +43,8 @@ class RunState:
 
     mlflow_run_id: str
     dtype: str
+    micro_batch_size: int | None = None
+    """What an earlier attempt had to come down to, for want of memory."""
     version: str | None = None
 
 

@@ -59,15 +59,34 @@ class PacedTrainer(Trainer):
     tally: Tally
     layout: Layout | None = None
     """Set where the model itself is split."""
+    held_out: Batches | None = None
+    """What `held_out_loss` is measured on, in `num_held_out` batches."""
+    num_held_out: int = 0
 
     def pace_by(self, feed: Batches, schedule: Schedule) -> None:
         """Our batches and our clock in place of the base's."""
         self.feed, self.schedule, self.tally = feed, schedule, Tally()
         self.remove_callback(PrinterCallback)
 
+    @property
+    def num_trained_tensors(self) -> int:
+        """At least as many are in the weights that a rank saves, where it saves any."""
+        return sum(parameter.requires_grad for parameter in self.model.parameters())
+
     def marks(self) -> dict[str, float]:
         """What the step is told by beside its loss, equal on all ranks; the first ones also in the job log."""
         return {}
+
+    def held_out_loss(self) -> tuple[float, int]:
+        """(this rank's summed loss, items of all ranks) over the held-out rows; between two steps."""
+        assert self.held_out is not None, "nothing was held out"
+        model = self.model_wrapped
+        model.eval()
+        with torch.no_grad():
+            for inputs in self.held_out.loader():
+                self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=1)
+        model.train()
+        return self.tally.take(), sum(self.held_out.num_trained(step) for step in range(self.num_held_out))
 
     @property
     def learning_rate(self) -> float:
@@ -129,6 +148,7 @@ def common_arguments(
         "max_grad_norm": config.max_grad_norm,
         "optim": "adamw_torch_fused",
         "bf16": bf16,
+        "fp16": config.dtype == "float16",
         "use_cpu": not config.use_gpu,
         "gradient_checkpointing": config.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,

@@ -12,9 +12,11 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r1ray.errors import CheckpointCorrupt, R1RayError, TrainingError
+from r1ray.errors import CheckpointCorrupt, OutOfMemory, R1RayError, TrainingError
 from r1ray.train import checkpoint, universal
+from r1ray.train.backoff import rows_per_pass
 from r1ray.train.batches import accumulation_steps
+from r1ray.train.failures import ran_out_of_memory
 from r1ray.train.objective import objective_of
 from r1ray.train.objective.base import Bench
 from r1ray.train.order import WorkOrder
@@ -42,8 +44,8 @@ def work(loop_config: dict[str, Any]) -> dict[str, Any]:
 
         context = ray.train.get_context()
         return Attempt(order, rank=context.get_world_rank(), world=context.get_world_size(), reporter=RayReporter()).run()
-    except TrainingError as error:
-        if getattr(error, "agreed", False):
+    except R1RayError as error:
+        if getattr(error, "agreed", False) or not isinstance(error, TrainingError):  # a user's mistake is the same on every rank
             return {"error": error}
         raise
 
@@ -66,18 +68,33 @@ class Attempt:
             torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         disable_deepspeed_shm()
         start = self._agreed_checkpoint()
+        if start is not None and start[1].standing.is_over(self.config.early_stopping_patience):
+            return {"step": start[1].step, "elapsed_s": start[1].elapsed_s}
         trainer = self._trainer(start[1] if start else None)
         if start is not None and start[1].world_size != self.world:
             self._reseed(start[1].step)
         try:
             trainer.train(resume_from_checkpoint=str(start[0]) if start else None)
         except Exception as error:
+            if ran_out_of_memory(error):
+                raise self._out_of_memory(error, trainer) from error
             if checkpoint.out_of_room(error, self.order.run_directory):
                 raise checkpoint.disk_full(self.order.run_directory, error) from error
             raise
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
         return {"step": trainer.state.global_step, "elapsed_s": trainer.schedule.elapsed_s}
+
+    def _out_of_memory(self, error: BaseException, trainer: PacedTrainer) -> OutOfMemory:
+        """`in_step`: it came with a batch, so fewer rows at a time may fit."""
+        began = trainer.state.max_steps > 0
+        place = f"in step {trainer.state.global_step + 1}" if began else "before the first step"
+        words = str(error).strip().splitlines()[0][:200].rstrip(".")
+        told = OutOfMemory(
+            f"Worker {self.rank} ran out of memory {place}, with {rows_per_pass(self.config)} dialogues per forward pass: {words}."
+        )
+        told.in_step = began  # type: ignore[attr-defined]
+        return told
 
     @property
     def _staging(self) -> Path:
@@ -110,13 +127,15 @@ class Attempt:
             return None
         directory, meta = found
         _check_stage(directory, meta, self.config.zero_stage)
-        if meta.world_size == self.world or meta.zero_stage == 0:  # stage 0 splits nothing over the workers
+        if meta.world_size == self.world:
             return found
         if self.layout.split > 1:
             raise CheckpointCorrupt(
                 f"{directory} was written by {meta.world_size} workers, and this job has {self.world}; where workers share a model "
                 f"(train.parallelism) their number cannot change. Set train.num_workers={meta.world_size}, or train.restart=true."
             )
+        if meta.zero_stage == 0:  # splits nothing over the workers
+            return found
         _log.warning("%s was written by %d workers: converting it for %d", directory.name, meta.world_size, self.world)
         return universal.converted(directory), meta
 
@@ -136,6 +155,8 @@ class Attempt:
         place = {"run": order.run, "run_directory": order.run_directory, "rank": self.rank, "world": self.world}
         is_converted = resumed is not None and resumed.world_size != self.world and resumed.zero_stage > 0
         pace = Pace(config=config, **place, reporter=self.reporter, elapsed_before_s=elapsed, is_converted=is_converted)
+        if resumed is not None:
+            pace.standing = resumed.standing
         bench = Bench(
             order=order,
             rank=self.layout.place(self.rank).data,

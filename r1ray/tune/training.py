@@ -60,7 +60,13 @@ def _prepare(
     ]
     train = config.train
     threads = train.threads_per_worker or max(1, (os.cpu_count() or 1) // (train.min_workers * num_concurrent))
-    once = {"num_workers": train.min_workers, "threads_per_worker": threads, "max_failures": 0, "checkpoint_every_seconds": None, "num_checkpoints": 1}
+    once = {
+        "num_workers": train.min_workers,
+        "threads_per_worker": threads,
+        "max_failures": 0,
+        "checkpoint_every_seconds": None,
+        "num_checkpoints": 1,
+    }
     return resolve_order(train.model_copy(update=once), base, sets[0], directory, settings, _log.info), sets[1]
 
 

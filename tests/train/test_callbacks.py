@@ -7,7 +7,6 @@ import pytest
 from r1ray.errors import TrainingError
 from r1ray.train.callbacks import Pace
 from r1ray.train.config import TrainConfig
-from r1ray.train.reporter import RayReporter
 from r1ray.train.schedule import Schedule
 from r1ray.train.trainer import Tally
 
@@ -21,11 +20,25 @@ class FakeTrainer:
         self.schedule = Schedule(100, 0.05, 0.1, max_seconds=60)
         self.learning_rate = 0.5
         self.model_wrapped = object()
+        self.marks = dict
+
+
+class Silent:
+    """A reporter that nobody listens to."""
+
+    leaving = False
+
+    def report(self, metrics) -> None: ...
+
+    def save(self, *_) -> None: ...
+
+    def is_leaving(self) -> bool:
+        return self.leaving
 
 
 def pace(tmp_path, trainer: FakeTrainer, **changes) -> Pace:
     place = {"run": "r", "run_directory": tmp_path, "rank": 0, "world": 1}
-    made = Pace(config=TrainConfig(**changes), **place, reporter=RayReporter(), elapsed_before_s=30.0)
+    made = Pace(config=TrainConfig(**changes), **place, reporter=Silent(), elapsed_before_s=30.0)
     made.trainer = trainer  # type: ignore[assignment]
     made.on_train_begin()
     return made
@@ -50,3 +63,15 @@ def test_the_time_of_earlier_attempts_counts_against_the_budget(tmp_path) -> Non
     trainer.schedule.elapsed_s = 60.0
     watching.on_step_end(ARGUMENTS, SimpleNamespace(global_step=8), control)
     assert control.should_training_stop and control.should_save
+
+
+def test_a_node_that_will_go_is_saved_for_once(tmp_path) -> None:
+    watching = pace(tmp_path, FakeTrainer(20.0), checkpoint_every_seconds=None)
+    saved = []
+    for step, leaving in enumerate((False, True, True, False), 1):
+        control = SimpleNamespace(should_training_stop=False, should_save=False)
+        watching.reporter.leaving = leaving
+        watching.on_pre_optimizer_step(ARGUMENTS, SimpleNamespace(global_step=step - 1))
+        watching.on_step_end(ARGUMENTS, SimpleNamespace(global_step=step), control)
+        saved.append(control.should_save)
+    assert saved == [False, True, False, False]

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import os
 import pickle
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
-from ray.train import RunConfig, ScalingConfig
+import ray
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import _AutoscalingCoordinatorActor
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.callbacks import BackendSetupCallback, DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.context import TrainContext
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, ResizeDecision
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from r1ray.train.controller import AskNobody, ProcessGroupConfig
+from r1ray.train.controller import AskNobody, FollowCluster, NotWithoutMemory, ProcessGroupConfig, _saved_since
 from r1ray.train.fit import LeanTrainer
 
 
@@ -57,7 +64,37 @@ def test_the_policy_decides_like_rays_own_and_calls_no_actor():
     policy.before_controller_abort()  # nothing was requested, nothing is cancelled
 
 
-@pytest.mark.parametrize("part", [ProcessGroupConfig(backend="gloo"), AskNobody(ScalingConfig(num_workers=2))])
+RANGE = FollowCluster(ScalingConfig(num_workers=(1, 3)), Path("run"), waits_for_checkpoint=True)
+
+
+def test_what_the_range_policy_and_the_preemption_flag_stand_on_is_still_there():
+    for name in ("_latest_monitor_time", "_latest_reserved_resources", "_latest_reserved_resources_query_time"):
+        assert name in vars(RANGE)
+    assert "_autoscaling_coordinator" in dir(RANGE) and "_requester_id" in vars(RANGE)
+    assert RANGE.GET_RESERVED_RESOURCES_INTERVAL_S > 0
+    assert "recompute" in inspect.signature(_AutoscalingCoordinatorActor.get_reserved_resources).parameters
+    assert callable(ray._private.state.state.get_draining_nodes)
+    assert "preemption_context" in {field.name for field in dataclasses.fields(TrainContext)}
+
+
+def test_workers_are_added_only_after_a_checkpoint_that_all_have_finished(tmp_path):
+    asked = time.time()
+    saved = tmp_path / "checkpoint_00000004_000000001000"
+    saved.mkdir()
+    for rank in range(2):
+        assert not _saved_since(tmp_path, asked, 2)
+        (saved / f"meta-rank{rank}.json").touch()
+    assert not _saved_since(tmp_path, asked, 2), "Ray Train has not heard of it yet"
+    for path in saved.iterdir():
+        os.utime(path, (asked - 2, asked - 2))
+    assert _saved_since(tmp_path, asked - 3, 2)
+    assert not _saved_since(tmp_path, asked, 2), "it is older than the wish"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [ProcessGroupConfig(backend="gloo"), AskNobody(ScalingConfig(num_workers=2)), RANGE, NotWithoutMemory(FailureConfig(max_failures=1))],
+)
 def test_the_controller_loads_no_torch(part):
     code = f"import pickle, sys; part = pickle.loads({pickle.dumps(part)!r}); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"

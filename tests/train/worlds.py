@@ -2,7 +2,7 @@
 
 Each RUN:STAGE:STOP resumes a run in HOME from its last checkpoint, whatever number of workers wrote it, trains until
 step `stop`, and leaves a checkpoint. Rank 0 prints the losses of each as one JSON line.
-Usage: python worlds.py HOME RANK WORLD PORT RUN:STAGE:STOP...
+Usage: python worlds.py HOME RANK WORLD PORT RUN:STAGE:STOP[:KEY=VALUE...]...
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ warnings.filterwarnings("ignore")
 NUM_STEPS = 6
 
 
-def main(home: Path, rank: int, world: int, port: str, wanted: list[str]) -> None:
+def main(home: Path, rank: int, world: int, port: str, items: list[str]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "R1RAY_HOME": str(home), "OMP_NUM_THREADS": "1"}
     from r1ray.cluster import disable_deepspeed_shm, worker_environment
@@ -32,15 +32,17 @@ def main(home: Path, rank: int, world: int, port: str, wanted: list[str]) -> Non
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     disable_deepspeed_shm()
-    for item in wanted:
-        run, stage, stop = item.split(":")
-        losses = train(home, rank, world, f"{run}-{stage}", int(stage), int(stop))
+    for item in items:
+        run, stage, stop, *more = item.split(":")
+        wanted = [f"zero_stage={stage}", f"num_workers={world}", f"checkpoint_every_steps={stop}", *more]
+        losses = train(home, rank, world, f"{run}-{stage}", wanted)
         if rank == 0:
             print("LOSSES " + json.dumps([f"{run}-{stage}", losses]), flush=True)
     torch.distributed.destroy_process_group()
 
 
-def train(home: Path, rank: int, world: int, name: str, stage: int, stop: int) -> list[float]:
+def train(home: Path, rank: int, world: int, name: str, wanted: list[str]) -> list[float]:
+    from r1ray.config import load_config
     from r1ray.registry import Registry
     from r1ray.settings import Settings
     from r1ray.train.config import FinetuneConfig
@@ -48,9 +50,9 @@ def train(home: Path, rank: int, world: int, name: str, stage: int, stop: int) -
     from r1ray.train.order import resolve_order
     from r1ray.train.worker import Attempt
 
-    shape = {"zero_stage": stage, "dtype": "float32", "batch_size": 4, "micro_batch_size": 1, "learning_rate": 5e-3, "max_steps": NUM_STEPS}
-    method = {"method": "full", "num_workers": world, "checkpoint_every_steps": stop}
-    config = FinetuneConfig.model_validate({"base": "tiny", "data": {"path": str(home / "rows.jsonl")}, "train": shape | method})
+    shape = {"method": "full", "dtype": "float32", "batch_size": 4, "micro_batch_size": 1, "learning_rate": 5e-3, "max_steps": NUM_STEPS}
+    overrides = ["base=tiny", f"data.path={home / 'rows.jsonl'}", *(f"train.{key}={value}" for key, value in shape.items())]
+    config = load_config(FinetuneConfig, None, [*overrides, *(f"train.{setting}" for setting in wanted)])
     settings = Settings()
     base = Registry(settings).resolve("tiny")
     objective = objective_of("sft")
@@ -58,7 +60,7 @@ def train(home: Path, rank: int, world: int, name: str, stage: int, stop: int) -
     directory = settings.checkpoints / name
     directory.mkdir(parents=True, exist_ok=True)
     order = resolve_order(config.train, base, material, directory, settings, lambda _: None)
-    reporter = UntilStep(stop)
+    reporter = UntilStep(config.train.checkpoint_every_steps)
     with contextlib.suppress(Stop):
         Attempt(order, rank=rank, world=world, reporter=reporter).run()
     return [step.loss for step in curve(directory)]
@@ -71,7 +73,7 @@ class Stop(BaseException):
 class UntilStep:
     """Publishes checkpoints as Ray Train would, and ends the training after the one of step `stop`."""
 
-    def __init__(self, stop: int) -> None:
+    def __init__(self, stop: int | None) -> None:
         self.stop = stop
 
     def report(self, metrics: dict[str, float]) -> None:
@@ -80,8 +82,11 @@ class UntilStep:
     def save(self, metrics: dict[str, float], source: Path, destination: Path, publish: Callable[[Path], None]) -> None:
         publish(source)
         torch.distributed.barrier()
-        if metrics["step"] == self.stop < NUM_STEPS:
+        if metrics["step"] == self.stop != NUM_STEPS:
             raise Stop
+
+    def is_leaving(self) -> bool:
+        return False
 
 
 if __name__ == "__main__":
