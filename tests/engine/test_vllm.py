@@ -162,7 +162,7 @@ def test_the_actor_needs_nothing_that_vllms_environment_lacks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_workers", "num_threads", "lists"), [(1, None, "0,1,2,3"), (1, 2, "0,1"), (2, None, "0,1|2,3"), (2, 1, "0|1"), (8, None, "nobind")]
+    ("num_workers", "num_threads", "lists"), [(1, None, "auto"), (1, 2, "0,1"), (2, None, "0,1|2,3"), (2, 1, "0|1"), (8, None, "nobind")]
 )
 def test_workers_share_the_processs_cpus(num_workers: int, num_threads: int | None, lists: str) -> None:
     assert worker.cpu_lists(num_workers, num_threads, [0, 1, 2, 3]) == lists

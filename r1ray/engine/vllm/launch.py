@@ -49,8 +49,8 @@ def launch(order: Order, config: EngineConfig, environment: Environment) -> tupl
     except GetTimeoutError as error:
         ray.kill(actor)
         raise ClusterTooSmall(
-            f"vLLM found no place for {_wanted(options)} GPUs in time. Where another version still runs on the replica's, "
-            "roll the replicas: give R1RAY_REV another value."
+            f"vLLM did not start on {options['num_cpus']:g} CPUs and {options['num_gpus']:g} GPUs in time. If another version still holds "
+            f"the replica's, give R1RAY_REV another value; if its node has no {environment.python.parents[1]}, prepare it there."
         ) from error
     except RayError as error:
         ray.kill(actor)
@@ -80,7 +80,3 @@ def _options(config: EngineConfig, environment: Environment) -> dict[str, Any]:
             placement_group=group, placement_group_bundle_index=1, placement_group_capture_child_tasks=True
         )
     return options
-
-
-def _wanted(options: dict[str, Any]) -> str:
-    return f"{options['num_gpus']:g}"

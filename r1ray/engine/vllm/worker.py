@@ -21,7 +21,12 @@ Event = tuple[str, tuple[int, ...], str | None, int, list[Any] | None, list[floa
 
 
 def cpu_lists(num_workers: int, num_threads: int | None, cpus: list[int]) -> str:
-    """vLLM's VLLM_CPU_OMP_THREADS_BIND: each worker's CPUs, as equal shares of those that this process may use."""
+    """vLLM's VLLM_CPU_OMP_THREADS_BIND: each worker's CPUs, as equal shares of those that this process may use.
+
+    vLLM's own choice, which wants a NUMA node per worker and leaves a core to the other processes, is good for one worker only.
+    """
+    if num_workers == 1 and num_threads is None:
+        return "auto"
     each = min(num_threads or len(cpus), len(cpus) // num_workers)
     if not each:
         return "nobind"
@@ -179,7 +184,7 @@ def _load(model: str, arguments: dict[str, Any], figures: dict[str, float]) -> A
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.metrics.loggers import StatLoggerBase
 
-    class Figures(StatLoggerBase):  # type: ignore[misc]
+    class Figures(StatLoggerBase):
         """Keeps the scheduler's last figures where `poll` finds them."""
 
         def __init__(self, *_args: Any, **_more: Any) -> None:
