@@ -45,7 +45,8 @@ def _run_builder(source: Path, out: Path, config: ExportOnnxConfig) -> None:
         from onnxruntime_genai.models import builder
     except ImportError as error:
         raise CompressionError(f"Exports need the extra onnx, which is not whole: {error}. pip install 'r1ray[onnx]'.") from error
-    logging.getLogger("onnxruntime.quantization").setLevel(logging.CRITICAL)  # it logs every node, and as an error each it may not touch
+    for chatty in ("onnxruntime.quantization", "neural_compressor"):  # a line per node, and an error for each that may not be touched
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
     precision, cache, said = _PRECISIONS[config.precision], str(out / ".cache"), io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):

@@ -78,8 +78,8 @@ def compare(source: Path, backend: Backend, token_ids: Sequence[int], config: Pa
         error, largest = max(error, float((found - right).abs().max())), max(largest, float(right.abs().max()))
         same += int((found[:-1].argmax(-1) == right[:-1].argmax(-1)).sum())
         for loss, logits in zip(losses, (found, right), strict=True):
-            loss.append(torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(ids[1:]), reduction="none"))
-    mine, theirs = (torch.cat(loss) for loss in losses)
+            loss.append(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none"))
+    mine, theirs = (torch.cat(loss).double() for loss in losses)
     return Parity(
         num_tokens=config.num_tokens,
         perplexity=math.exp(float(mine.mean())),
