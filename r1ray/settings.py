@@ -20,6 +20,7 @@ class Settings(BaseSettings):
 
     home: Path = Field(default=Path("~/.r1ray"), description="All local state: registry, artifacts, checkpoints, indexes, caches.")
     registry: str | None = Field(default=None, description="MLflow tracking and registry URI; SQLite in home when absent.")
+    require_gate: bool = Field(default=False, description="Refuse to promote a version that jobs/gate.py has not passed.")
     ray_address: str | None = Field(default=None, description="Ray cluster to join; RAY_ADDRESS or a local one when absent.")
 
     def model_post_init(self, _context: object) -> None:

@@ -101,11 +101,15 @@ def models(name: Annotated[str | None, typer.Argument(help="Show the versions of
 
 
 @command(app, "promote")
-def promote(ref: Reference, alias: Annotated[str, typer.Option(help="Alias to move.")] = "production") -> None:
-    """Point an alias at a version; serving follows it."""
+def promote(
+    ref: Reference,
+    alias: Annotated[str, typer.Option(help="Alias to move.")] = "production",
+    force: Annotated[bool, typer.Option(help="Also where the gate said no.")] = False,
+) -> None:
+    """Point an alias at a version; serving follows it. Refused where jobs/gate.py said no."""
     from r1ray.registry import Registry
 
-    console().print(f"{alias} is now {Registry().promote(ref, alias).ref}")
+    console().print(f"{alias} is now {Registry().promote(ref, alias, force=force).ref}")
 
 
 @command(app, "rollback")

@@ -4,6 +4,7 @@ Reading order: directory (what an artifact is on disk), versions (numbers, alias
 """
 
 from r1ray.registry.directory import MANIFEST, POLICY, weights_sha256
+from r1ray.registry.verdict import Verdict
 from r1ray.registry.versions import ModelInfo, Registry, VersionInfo
 
-__all__ = ["MANIFEST", "POLICY", "ModelInfo", "Registry", "VersionInfo", "weights_sha256"]
+__all__ = ["MANIFEST", "POLICY", "ModelInfo", "Registry", "Verdict", "VersionInfo", "weights_sha256"]

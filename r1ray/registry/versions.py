@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r1ray.errors import ArtifactInvalid, InvalidValue, ModelNotFound, RegistryError, VersionNotFound
+from r1ray.errors import ArtifactInvalid, InvalidValue, ModelNotFound, PromotionRefused, RegistryError, VersionNotFound
 from r1ray.observe.client import client, exclusive
 from r1ray.registry import directory
+from r1ray.registry.verdict import Verdict
 from r1ray.settings import Settings
 from r1ray.types import Artifact, ArtifactKind, Manifest, SamplingPolicy
 
@@ -36,6 +37,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _TAG = "r1ray."
 _METRIC = _TAG + "metric."
 _HISTORY = _TAG + "history."
+_GATE = _TAG + "gate"
 _LONGEST_HISTORY = 50
 _log = logging.getLogger(__name__)
 
@@ -158,9 +160,20 @@ class Registry:
             found.append(ModelInfo(name=name, versions=versions, aliases=aliases))
         return found
 
-    def promote(self, ref: str, alias: str = PRODUCTION) -> Artifact:
-        """Point `alias` at the version, after checking that it is whole; remembers what it pointed at before."""
+    def promote(self, ref: str, alias: str = PRODUCTION, *, force: bool = False) -> Artifact:
+        """Point `alias` at the version, after checking that it is whole; remembers what it pointed at before.
+
+        Args:
+            force: Also where the gate said no or, with `settings.require_gate`, was not asked; logged.
+
+        Raises:
+            PromotionRefused: the gate's last verdict was no, or there is none and `settings.require_gate` wants one.
+        """
         artifact = self.resolve(ref)
+        if why := self._refusal(artifact):
+            if not force:
+                raise PromotionRefused(f"{artifact.ref} stays unpromoted, {alias} is unchanged: {why} --force overrides it.")
+            _log.warning("%s is promoted by force: %s", artifact.ref, why)
         name = artifact.manifest.name
         with self._exclusive():
             history = self._history(name, alias)
@@ -216,6 +229,15 @@ class Registry:
         artifact = self.resolve(ref)
         self._tag(artifact, {_METRIC + name: repr(float(value)) for name, value in metrics.items()})
 
+    def record_verdict(self, ref: str, verdict: Verdict) -> None:
+        """Put the gate's verdict on the version, in place of an earlier one."""
+        self._tag(self.resolve(ref), {_GATE: verdict.model_dump_json()})
+
+    def verdict(self, ref: str) -> Verdict | None:
+        """The gate's last verdict on the version; None where it was never asked."""
+        stored = self._row(self.resolve(ref).ref).tags.get(_GATE)
+        return Verdict.model_validate_json(stored) if stored else None
+
     def lineage(self, ref: str) -> list[Artifact]:
         """The version, then its ancestors, nearest first; one that no longer exists is logged and left out."""
         found: dict[str, Artifact] = {}
@@ -233,6 +255,16 @@ class Registry:
             manifest = artifact.manifest
             queue += [*manifest.parents, *([manifest.base] if manifest.base else [])]
         return list(found.values())
+
+    def _refusal(self, artifact: Artifact) -> str | None:
+        verdict = self.verdict(artifact.ref)
+        if verdict is None:
+            wanted = self.settings.require_gate
+            return "it has not passed the gate, which R1RAY_REQUIRE_GATE wants. Run jobs/gate.py." if wanted else None
+        if verdict.passed:
+            return None
+        failed = ", ".join(verdict.failed)
+        return f"the gate said no at {verdict.at} ({failed}; {verdict.report}). Train a better one, or run jobs/gate.py again."
 
     @property
     def _client(self) -> MlflowClient:
