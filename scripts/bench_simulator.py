@@ -1,8 +1,10 @@
-"""Is the simulator right? Step costs measured on the real engine, then one workload simulated and played for real, side by side.
+"""Is the simulator right? One workload played on the real engine and simulated, side by side.
 
     python scripts/bench_simulator.py [--loads 0.4,0.7] [--seconds 30] [--slots 8] [--json FILE]
 
-Uses the engine through r1ray.engine.protocol alone: what a step costs is worked out from the times at which tokens arrive. The bundled
+Uses the engine through r1ray.engine.protocol alone. What a step costs is fitted to the steps of the run itself, which the times of the
+tokens show: how long each took, for how many streams, positions and prompt tokens. What is put to the test is everything else: who waits
+for whom, and what that makes of the percentiles. A few probes before the first workload say how much the engine can take. The bundled
 model generates on this machine; end of turn is ignored, so that lengths are those of the workload. Exit code 1 when a median or 90th
 percentile of TTFT or TPOT, or the throughput, is off by more than 20 %. Waiting multiplies what disturbs the engine, so the processor time
 of everything else on the machine is shown beside each workload: above some 10 % of a core the errors say nothing of the simulator.
@@ -15,6 +17,7 @@ import asyncio
 import itertools
 import json
 import time
+from collections import defaultdict
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +36,9 @@ from r1ray.types import Sampling
 
 console = Console(highlight=False)
 ALLOWED = 0.2
-NUM_ROUNDS = 3
+NUM_ROUNDS = 2
+ONE_STEP_S = 0.0015  # tokens of one step arrive within this time, the next step's later
+NUM_SUMMED = 10  # steps of a kind that make one sample, so that noise averages out
 DISTURBED = 0.1  # cores that others take
 number_of_prompts = itertools.count()
 
@@ -54,13 +59,12 @@ class Stream:
         return (self.times[-1] - self.times[0]) / (len(self.times) - 1) if len(self.times) > 1 else float("nan")
 
 
-async def stream(engine: Engine, prompt: int, answer: int, times: list[float] | None = None) -> Stream:
-    """`times` is filled while it runs."""
+async def stream(engine: Engine, prompt: int, answer: int) -> Stream:
     rng = np.random.default_rng(next(number_of_prompts))
     ids = tuple(int(each) for each in rng.integers(1000, 20000, prompt))  # nothing to share between prompts
     sampling = Sampling(temperature=0, max_tokens=answer)
     request = GenerationRequest(id=f"{time.monotonic_ns()}-{ids[0]}", prompt_ids=ids, sampling=sampling, ignore_eos=True)
-    sent, times = time.perf_counter(), [] if times is None else times
+    sent, times = time.perf_counter(), []
     async with aclosing(engine.generate(request)) as chunks:
         async for chunk in chunks:
             times += [time.perf_counter()] * len(chunk.token_ids)
@@ -89,32 +93,14 @@ async def reading(engine: Engine, limits: Limits, prompt: int) -> Sample:
     return Sample(seconds=alone.ttft, prefill_tokens=prompt, steps=pieces)
 
 
-async def beside(engine: Engine, rows: int, prompt: int) -> Sample:
-    """A prompt that arrives while `rows` streams decode: from the last token before it to its own first token."""
-    seen_times: list[list[float]] = [[] for _ in range(rows)]
-    tasks = [asyncio.create_task(stream(engine, 64, 400, times)) for times in seen_times]
-    while min(len(times) for times in seen_times) < 4:  # all of them decode, none is near its end
-        await asyncio.sleep(0.001)
-    late = await stream(engine, prompt, 1)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    begin = max(when for times in seen_times for when in times if when <= late.sent)
-    steps = max(sum(begin < when <= late.times[0] + 1e-4 for when in times) for times in seen_times)
-    seen = [sum(when <= begin for when in times) for times in seen_times]
-    context = sum(64 + before for before in seen) * steps
-    return Sample(seconds=late.times[0] - begin, prefill_tokens=prompt, rows=rows * steps, context_tokens=context, steps=steps)
-
-
 async def probes(engine: Engine, limits: Limits) -> list[Sample]:
-    """Steps over the range that the workload will use, several times: a machine's speed changes from second to second."""
+    """Steps over the range that the workload will use."""
     most = limits.num_slots
     some = (1, max(1, most // 2), most)
     samples = []
     for _ in range(NUM_ROUNDS):
         samples += [await decoding(engine, num, prompt, 30) for num in some for prompt in (32, 200)]
         samples += [await reading(engine, limits, prompt) for prompt in (16, 100, 200)]
-        samples += [await beside(engine, num, prompt) for num in (*some[:2], most - 1) for prompt in (60, 200)]
     return samples
 
 
@@ -127,6 +113,38 @@ async def play(engine: Engine, trace: Trace) -> tuple[list[Stream], float]:
 
     streams = list(await asyncio.gather(*(later(number) for number in range(len(trace.arrivals)))))
     return streams, max(each.times[-1] for each in streams) - (begin + float(trace.arrivals[0]))
+
+
+def steps_of(streams: list[Stream], trace: Trace) -> list[Sample]:
+    """The engine's steps, as the times of the tokens show them, in samples of several alike ones."""
+    tokens = sorted((when, number, index) for number, each in enumerate(streams) for index, when in enumerate(each.times))
+    alike: dict[tuple[bool, int], list[Sample]] = defaultdict(list)
+    end, step = 0.0, [tokens[0]]
+    for token in [*tokens[1:], (float("inf"), -1, 0)]:
+        if token[0] - step[0][0] < ONE_STEP_S and token[1] not in {number for _, number, _ in step}:
+            step.append(token)
+            continue
+        found = _step(step, end, streams, trace)
+        alike[found.prefill_tokens > 0, round(found.rows)].append(found)
+        end, step = step[0][0], [token]
+    return [_sum(kind[first : first + NUM_SUMMED]) for kind in alike.values() for first in range(0, len(kind), NUM_SUMMED)]
+
+
+def _step(step: list[tuple[float, int, int]], before: float, streams: list[Stream], trace: Trace) -> Sample:
+    """It began when the one before ended, or when its first prompt came to an idle engine."""
+    first = [number for _, number, index in step if index == 0]
+    going = [(number, index) for _, number, index in step if index > 0]
+    begin = before if going else max(before, min(streams[number].sent for number in first))
+    return Sample(
+        seconds=step[0][0] - begin,
+        prefill_tokens=float(sum(trace.prompts[number] for number in first)),
+        rows=len(going),
+        context_tokens=float(sum(trace.prompts[number] + index for number, index in going)),
+    )
+
+
+def _sum(samples: list[Sample]) -> Sample:
+    return Sample(**{name: sum(getattr(each, name) for each in samples) for name in Sample.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
@@ -168,7 +186,6 @@ def show(rows: list[Row]) -> None:
 
 
 async def run(engine: Engine, limits: Limits, loads: list[float], seconds: float) -> tuple[list[StepCost], list[Row]]:
-    """Each workload is predicted from the probes just before and just after it, since a shared machine's speed drifts."""
     await engine.start()
     await together(engine, limits.num_slots, 64, 8)  # warm-up
     before = await probes(engine, limits)
@@ -180,12 +197,11 @@ async def run(engine: Engine, limits: Limits, loads: list[float], seconds: float
         others = Others()
         real = await play(engine, trace)
         share = others.share()
-        after = await probes(engine, limits)
-        cost = fit([*before, *after])
-        report(load, trace, cost, [*before, *after], share)
+        samples = steps_of(real[0], trace)
+        cost = fit(samples)
+        report(load, trace, cost, samples, share)
         costs.append(cost)
         rows += compare(load, trace, cost, limits, real)
-        before = after
     await engine.stop()
     return costs, rows
 
@@ -209,12 +225,13 @@ class Others:
 
 
 def report(load: float, trace: Trace, cost: StepCost, samples: list[Sample], others: float) -> None:
-    spread = np.std([cost_of(cost, sample) / sample.seconds - 1 for sample in samples])
+    expected = [cost.seconds(each.prefill_tokens, each.rows, each.context_tokens) + (each.steps - 1) * cost.fixed for each in samples]
+    spread = np.std([found / sample.seconds - 1 for found, sample in zip(expected, samples, strict=True)])
     style = "yellow" if others > DISTURBED else "dim"
     console.print(f"load {load:.0%}: everything else on the machine took {others:.0%} of a core", style=style)
     console.print(f"load {load:.0%}, {len(trace.arrivals)} requests; a step: {1000 * cost.fixed:.2f} ms,", style="dim")
     console.print(f"{1e6 * cost.per_prefill_token:.0f} us per prompt token, {1000 * cost.per_row:.2f} ms per stream,", style="dim")
-    console.print(f"{1e6 * cost.per_context_token:.2f} us per position; fits its probes to {spread:.1%}", style="dim")
+    console.print(f"{1e6 * cost.per_context_token:.2f} us per position; fits {len(samples)} samples to {spread:.1%}", style="dim")
 
 
 def workload(rate: float, requests: int) -> Trace:
@@ -224,10 +241,6 @@ def workload(rate: float, requests: int) -> Trace:
 def requests_per_s(cost: StepCost, limits: Limits) -> float:
     """What the engine ends per second when requests never run out."""
     return 300 / simulate(workload(1e6, 300), cost, limits).seconds
-
-
-def cost_of(cost: StepCost, sample: Sample) -> float:
-    return cost.seconds(sample.prefill_tokens, sample.rows, sample.context_tokens) + (sample.steps - 1) * cost.fixed
 
 
 def main() -> int:
