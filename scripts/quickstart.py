@@ -4,7 +4,7 @@
     scripts/quickstart --once          everything, one answer, then ends it all; exit code 0 only if each step worked
     scripts/quickstart --data FILE     trains on your file (annotated, messages, alpaca, sharegpt, or CSV text/label)
 
-Steps: import -> Ray head -> data -> fine-tune (Ray Train, DeepSpeed) -> evaluate -> promote -> sampling sweep (Ray Tune)
+Steps: import -> Ray head -> data -> fine-tune (Ray Train, DeepSpeed) -> evaluate -> gate, promote -> sampling sweep (Ray Tune)
 -> index -> serve (Ray Serve) -> one streamed answer. State stays in R1RAY_HOME (default ~/.r1ray): a second run resumes.
 It starts processes, submits jobs and reads their results; every decision is in the jobs' config files. What a user would type is
 printed, `r1ray ...` and `ray job submit ...`; both run in this process, which has imported MLflow, torch and Ray once for all.
@@ -197,6 +197,11 @@ class Quickstart:
         settings = (f"limit={plan.num_test}", "perplexity_examples=24", "length_margin=1.1", f"out={self.report_path(plan)}")
         return self.submit("evaluate", models, f"data.path={plan.test}", *settings)
 
+    def gate(self, plan: Plan, metric: str) -> str:
+        """Better than the base, safe as it, and merged as it was trained: then it is in production."""
+        chosen = f"sets={{task: {{data: {{path: '{plan.test}'}}, limit: 24, max_drop: {{{metric}: 0.0}}}}}}"
+        return self.submit("gate", f"model={plan.name}", chosen)
+
     def sweep(self, plan: Plan) -> str:
         return self.submit("sweep_sampling", f"model={plan.name}@production", f"data.path={plan.test}", "num_samples=4", "limit=24")
 
@@ -331,8 +336,8 @@ def tour(quickstart: Quickstart) -> None:
         indexing = quickstart.index(plan)  # while the evaluation loads libraries on one core; its output follows in step 8
         quickstart.finish(quickstart.evaluate(plan))
         scores = check_scores(quickstart.report_path(plan))
-    with step("6/9 Promote"):
-        r1ray("promote", plan.name)
+    with step("6/9 Gate: better, as safe, truly merged? Then promote"):
+        quickstart.finish(quickstart.gate(plan, scores.partition(":")[0]))
     with step("7/9 Sampling sweep: Ray Tune over a few settings"):
         mlflow = quickstart.launch_mlflow()
         quickstart.finish(quickstart.sweep(plan))
