@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 Role = Literal["system", "user", "assistant", "tool"]
-ArtifactKind = Literal["full", "adapter", "onnx", "pruned"]
+ArtifactKind = Literal["full", "adapter", "onnx", "pruned", "reward"]
 EntityValue = str | int | float | bool
 
 
@@ -124,7 +124,7 @@ class Manifest(_Record):
     """What an artifact is and where it came from; `manifest.json` beside the weights, written last."""
 
     name: str = Field(description="Registered model name.")
-    kind: ArtifactKind = Field(description="full weights, an adapter on a base, an ONNX export or a pruned model.")
+    kind: ArtifactKind = Field(description="full weights, an adapter on a base, an ONNX export, a pruned or a reward model.")
     family: str = Field(description="transformers' model_type: llama, qwen2, deepseek_v3, ...")
     base: str | None = Field(default=None, description="Registry reference `name@version` of the base of an adapter.")
     base_sha256: str | None = Field(default=None, description="Weights hash of that base; checked before an adapter is put on it.")

@@ -20,11 +20,12 @@ from r1ray.errors import UnsupportedModel
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["INDEX", "Tensors", "checkpoint_tensors", "link_or_copy", "num_parameters", "read_json", "tensor_shapes", "weight_files"]
+__all__ = ["HEAD", "INDEX", "Tensors", "checkpoint_tensors", "link_or_copy", "num_parameters", "read_json", "tensor_shapes", "weight_files"]
 
 Tensors = Callable[[str], "Tensor | None"]
 """A checkpoint: a tensor by its Hugging Face name, None where there is none of that name."""
 
+HEAD = "score.weight"  # of a reward model
 INDEX = "model.safetensors.index.json"
 
 _SINGLE = "model.safetensors"

@@ -85,13 +85,13 @@ def load_model(
 
 
 def base_of(artifact: Artifact, registry: Registry) -> Artifact:
-    """The base that an adapter was trained on.
+    """The base that an adapter was trained on; a reward model's adapter too.
 
     Raises:
         AdapterMismatch: `artifact` is no adapter, or its base now has other weights.
     """
     manifest = artifact.manifest
-    if manifest.kind != "adapter" or manifest.base is None:
+    if manifest.kind not in ("adapter", "reward") or manifest.base is None:
         raise AdapterMismatch(f"{artifact.ref} is of kind {manifest.kind}: it stands on no base. Use it as it is.")
     base = registry.resolve(manifest.base)
     if base.manifest.weights_sha256 != manifest.base_sha256:
@@ -110,6 +110,8 @@ def merge_adapter(artifact: Artifact, out_dir: Path, registry: Registry) -> None
     Raises:
         AdapterMismatch: the merged model answers differently; nothing is left in `out_dir`.
     """
+    if artifact.manifest.kind == "reward":
+        raise UnsupportedModel(f"{artifact.ref} is a reward model: its head has no place in the base. Use it as it is.")
     base = base_of(artifact, registry)
     adapted = _with_adapter(_read_weights(base, None), artifact).eval()
     probe = _probe(artifact)
@@ -150,6 +152,8 @@ def _read_weights(artifact: Artifact, dtype: torch.dtype | None) -> PreTrainedMo
     """`dtype` None keeps what the files hold."""
     from transformers import AutoModelForCausalLM
 
+    if artifact.manifest.kind == "reward":
+        raise UnsupportedModel(f"{artifact.ref} is a reward model: it scores answers and writes none. Score with model.reward.")
     if artifact.manifest.kind not in {"full", "pruned"}:
         raise UnsupportedModel(f"{artifact.ref} is of kind {artifact.manifest.kind}, which torch cannot load. Use full weights.")
     model, report = AutoModelForCausalLM.from_pretrained(artifact.path, dtype=dtype or "auto", output_loading_info=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TemplatePair",
+    "answer_ids",
     "check_override",
     "pair_for",
     "prompt_ids",
@@ -143,6 +144,20 @@ def training_ids(
     turns = [_turn(message.role, _in_full(message)) for message in _with_system(messages, system_prompt)]
     encoded = train_tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
     return list(encoded["input_ids"]), list(encoded["assistant_masks"])
+
+
+def answer_ids(
+    train_tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], answer: Message, *, system_prompt: str | None = None
+) -> tuple[list[int], list[int]]:
+    """(prompt ids, answer ids) of one exchange under the training template; the answer ends with its end-of-turn token.
+
+    Raises:
+        TemplateNotTrainable: the tokenizer's template does not mark the assistant's tokens.
+    """
+    ids, mask = training_ids(train_tokenizer, (*prompt, answer), system_prompt=system_prompt)
+    end = next((place + 1 for place in range(len(mask) - 1, -1, -1) if mask[place]), 0)
+    start = next((place + 1 for place in range(end - 1, -1, -1) if not mask[place]), 0)
+    return ids[:start], ids[start:end]
 
 
 def _with_system(messages: Sequence[Message], system_prompt: str | None) -> Sequence[Message]:

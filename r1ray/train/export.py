@@ -15,7 +15,7 @@ from pathlib import Path
 
 from r1ray.errors import TrainingError
 from r1ray.model import template
-from r1ray.model.checkpoint import INDEX, num_parameters, read_json, tensor_shapes, weight_files
+from r1ray.model.checkpoint import HEAD, INDEX, num_parameters, read_json, tensor_shapes, weight_files
 from r1ray.registry import MANIFEST, POLICY, Registry, weights_sha256
 from r1ray.train.card import model_card
 from r1ray.train.config import FinetuneConfig
@@ -48,14 +48,14 @@ def export(result: Result, registry: Registry) -> Artifact:
         TrainingError: a tensor is missing, not finite, or a LoRA update that never moved from zero.
     """
     config, base = result.config, result.base
-    is_adapter = config.train.method != "full"
+    is_adapter, is_reward = config.train.method != "full", config.train.objective == "reward"
     with registry.staging(config.name) as staged:
         _copy_companions(base.path, staged, with_config=not is_adapter)
         weights = _take_adapter(result, staged) if is_adapter else _take_full(result, staged)
-        check_weights(weights, base.path, is_adapter=is_adapter)
+        check_weights(weights, base.path, is_adapter=is_adapter, is_reward=is_reward)
         manifest = Manifest(
             name=config.name,
-            kind="adapter" if is_adapter else "full",
+            kind="reward" if is_reward else "adapter" if is_adapter else "full",
             family=base.manifest.family,
             base=base.ref if is_adapter else None,
             base_sha256=base.manifest.weights_sha256 if is_adapter else None,
@@ -75,8 +75,10 @@ def export(result: Result, registry: Registry) -> Artifact:
         return registry.register(staged, manifest, tags={"run_id": result.run_id})
 
 
-def check_weights(files: Sequence[Path], base: Path, *, is_adapter: bool) -> None:
+def check_weights(files: Sequence[Path], base: Path, *, is_adapter: bool, is_reward: bool = False) -> None:
     """Reopen what was written: as many tensors as there should be, all finite, none of the trained ones all zero.
+
+    A reward model has a head for one number, in place of the one for the next token where that has weights of its own.
 
     Raises:
         TrainingError: naming the first offending tensor.
@@ -84,16 +86,24 @@ def check_weights(files: Sequence[Path], base: Path, *, is_adapter: bool) -> Non
     from safetensors import safe_open
 
     shapes = tensor_shapes(files)
-    wanted = 1 if is_adapter else len(tensor_shapes(weight_files(base)))
+    stored = tensor_shapes(weight_files(base))
+    wanted = (1 if is_adapter else len(stored)) + is_reward * (1 - (not is_adapter and "lm_head.weight" in stored))
     if len(shapes) < wanted:
         raise TrainingError(
             f"{files[0].parent} holds {len(shapes)} tensors instead of {wanted}: the save was incomplete. This is a defect."
         )
+    cut = next((name for name, shape in stored.items() if not is_adapter and shapes.get(name, shape) != shape), None)
+    if cut is not None:
+        raise TrainingError(
+            f"{cut} has shape {shapes[cut]}, in the base {stored[cut]}: parts of a split model were not put together. This is a defect."
+        )
+    if is_reward and not any(name.endswith(HEAD) for name in shapes):
+        raise TrainingError(f"{files[0].parent} holds no {HEAD}, the head of a reward model: the save was incomplete. This is a defect.")
     for file in files:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
                 norm = float(opened.get_tensor(name).float().norm())
-                if not math.isfinite(norm) or (norm == 0 and ".lora_" in name):
+                if not math.isfinite(norm) or (norm == 0 and (".lora_" in name or name.endswith(HEAD))):
                     raise TrainingError(
                         f"{name} has norm {norm:g} after training: the save was empty or training diverged. Lower train.learning_rate, "
                         "set train.restart=true and train again."
@@ -111,7 +121,8 @@ def _take_adapter(result: Result, staged: Path) -> list[Path]:
 
 
 def _take_full(result: Result, staged: Path) -> list[Path]:
-    for file in [*with_weights(result.checkpoint, result.dtype), result.base.path / "config.json"]:
+    shape = result.checkpoint if result.config.train.objective == "reward" else result.base.path
+    for file in [*with_weights(result.checkpoint, result.dtype), shape / "config.json"]:
         shutil.copyfile(file, staged / file.name)
     if (index := result.checkpoint / INDEX).is_file():
         shutil.copyfile(index, staged / INDEX)

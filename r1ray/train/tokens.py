@@ -29,7 +29,7 @@ from r1ray.types import Artifact, Conversation
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TokenSet", "fit", "tokenise"]
+__all__ = ["TokenSet", "fit", "tokenise", "tokenizer_hash"]
 
 _FORMAT = 1  # of the cache; raise it when the meaning of a column changes
 _log = logging.getLogger(__name__)
@@ -115,11 +115,16 @@ class _Encoding:
         self.masks.append(list(mask[:end]))
 
 
-def _key(loaded: Loaded, artifact: Artifact, data: DataConfig, max_length: int) -> str:
-    tokenizer = hashlib.sha256()
+def tokenizer_hash(artifact: Artifact) -> str:
+    """Over the tokenizer's files."""
+    digest = hashlib.sha256()
     for file in sorted(artifact.path.glob("tokenizer*")):
-        tokenizer.update(file.read_bytes())
-    parts = [_FORMAT, loaded.data_hash, tokenizer.hexdigest(), artifact.manifest.template.sha256, data.system_prompt, max_length]
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _key(loaded: Loaded, artifact: Artifact, data: DataConfig, max_length: int) -> str:
+    parts = [_FORMAT, loaded.data_hash, tokenizer_hash(artifact), artifact.manifest.template.sha256, data.system_prompt, max_length]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 

@@ -15,7 +15,7 @@ from r1ray.train.objective.base import Objective
 
 __all__ = ["OBJECTIVES", "objective_of"]
 
-OBJECTIVES = {"sft": "Supervised", "grpo": "Groups", "distill": "Distilled"}
+OBJECTIVES = {"sft": "Supervised", "dpo": "Preferences", "reward": "Rewards", "grpo": "Groups", "distill": "Distilled"}
 """`train.objective` -> the class in the module of that name."""
 
 

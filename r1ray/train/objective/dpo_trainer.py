@@ -1,0 +1,145 @@
+"""TRL's DPOTrainer with our batches, our schedule and a reference that is computed once.
+
+The losses are TRL's. What differs: each pair counts alike however passes and ranks are cut, the base's log-probabilities come from
+`Reference`, and on CPUs only the answers' positions are multiplied by the output matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+from trl.models.utils import prepare_deepspeed
+
+from r1ray.train.logprobs import add_answer_logprobs
+from r1ray.train.objective.base import Bench
+from r1ray.train.objective.pair_trainer import HeldOut, PairTrainer, Scores, ahead
+from r1ray.train.pair_feed import PairFeed, Pass
+from r1ray.train.reference import Logprobs, Reference
+from r1ray.train.schedule import Schedule
+
+__all__ = ["PreferenceTrainer", "dpo_arguments"]
+
+
+class PreferenceTrainer(PairTrainer, DPOTrainer):
+    """The loss of a step is the mean over all its pairs. Call `judge_on`, then `refer_to`, before training."""
+
+    sft_weight = 0.0
+    """Of the better answer's own loss per token."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arguments: DPOConfig,
+        *,
+        feed: PairFeed,
+        schedule: Schedule,
+        tokenizer: PreTrainedTokenizerBase,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        shown = Dataset.from_dict({"prompt": ["shown"]})  # TRL looks at it; the feed gives the pairs
+        super().__init__(
+            model=model, args=arguments, train_dataset=shown, processing_class=tokenizer, callbacks=[HeldOut(self), *callbacks]
+        )
+        self.pace_by(feed, schedule)
+        self.precompute_ref_logps = True
+        self._reference: Mapping[int, Logprobs] = {}
+        plain: Any = self.model
+        if hasattr(plain, "peft_config"):
+            if "ref" in plain.peft_config:
+                plain.delete_adapter("ref")  # TRL's copy of the adapter as it began, which is the base
+            plain = plain.get_base_model()
+        add_answer_logprobs(plain)
+
+    def refer_to(self, reference: Reference) -> None:
+        """Have the base's log-probabilities of every row that is used: from `reference`, else computed by all ranks and added to it."""
+        rows = [*self.feed.rows, *self.judged_rows]
+        wanted = sorted(self.feed.rows_used()) + list(range(len(self.feed.rows), len(rows)))
+        known = self._agreed(reference)
+        missing = [row for row in wanted if row not in known]
+        if missing:
+            engine = prepare_deepspeed(self.model, self.accelerator) if self.is_deepspeed_enabled else self.model
+            computed = self.scored(engine, [rows[row] for row in missing], self.compute_ref_log_probs)
+            added = {missing[place]: scores for place, scores in computed.items()}
+            known = {**known, **added}
+            if self.accelerator.is_main_process:
+                reference.add(added, len(rows))
+        self._reference = self.feed.reference = known
+
+    def compute_loss(self, model: Any, inputs: Pass, *_: Any, num_items_in_batch: Any = None, **__: Any) -> torch.Tensor:
+        num_pairs = int(inputs.pop("num_pairs"))
+        outputs: list[Any] = []
+
+        def remembered(**kwargs: Any) -> Any:
+            outputs.append(model(**kwargs))
+            return outputs[-1]
+
+        with self.untold():
+            loss = self._compute_loss(remembered, inputs, return_outputs=False)
+        chosen, rejected = _summed(outputs[0], inputs)
+        if self.sft_weight:
+            answered, _ = inputs["completion_mask"][:, 1:].sum(1).chunk(2)
+            loss = loss - self.sft_weight * (chosen / answered).mean()
+        if num_pairs:
+            self.watch(self.beta * (chosen - rejected - inputs["ref_chosen_logps"] + inputs["ref_rejected_logps"]).detach())
+        return self.counted(loss * num_pairs, num_items_in_batch)
+
+    def before(self) -> Mapping[int, Scores]:
+        """The reference itself."""
+        return {place: self._reference[len(self.feed.rows) + place] for place in range(len(self.judged_rows))}
+
+    def scores(self, model: Any, inputs: Pass) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities, summed over each answer's tokens."""
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        asked = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with self.accelerator.autocast():
+            return _summed(model(**asked, labels=labels, use_cache=False, fused_lm_head=True), inputs)
+
+    def figures(self, scores: Mapping[int, Scores]) -> dict[str, float]:
+        """`accuracy` and `margin` by DPO's implicit reward, level for the base itself; `likelier`: the better answer is per token."""
+        policy = torch.tensor([scores[place] for place in sorted(scores)], dtype=torch.float64)
+        base = torch.tensor([self._reference[len(self.feed.rows) + place] for place in sorted(scores)], dtype=torch.float64)
+        lengths = torch.tensor([[len(row.chosen), len(row.rejected)] for row in self.judged_rows], dtype=torch.float64)
+        moved, mean = policy - base, policy / lengths
+        margins = self.beta * (moved[:, 0] - moved[:, 1])
+        likelier = ahead(mean[:, 0] - mean[:, 1])
+        return {"accuracy": float(ahead(margins).mean()), "margin": float(margins.mean()), "likelier": float(likelier.mean())}
+
+    def _agreed(self, reference: Reference) -> dict[int, Logprobs]:
+        """What rank 0 finds on disk: two ranks that looked for themselves could compute different rows."""
+        found: list[Any] = [reference.known() if self.accelerator.is_main_process else None]
+        broadcast_object_list(found, from_process=0)
+        known: dict[int, Logprobs] = found[0]
+        return known
+
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        return dataset
+
+
+def dpo_arguments(bench: Bench) -> DPOConfig:
+    settings = bench.order.config.dpo
+    return DPOConfig(
+        **bench.arguments(),
+        max_length=None,
+        beta=settings.beta,
+        loss_type=[settings.loss_type],
+        label_smoothing=settings.label_smoothing,
+        router_aux_loss_coef=0.0,  # balanced per pass, which would make the loss depend on how a batch is cut
+        disable_dropout=False,
+        precompute_ref_log_probs=bench.order.config.method == "full",  # else TRL would load the base a second time
+    )
+
+
+def _summed(outputs: Any, inputs: Pass) -> tuple[torch.Tensor, torch.Tensor]:
+    """(better, worse); a soft prompt puts positions of its own before the real ones."""
+    width = inputs["input_ids"].shape[1] - 1
+    better, worse = outputs.log_probs[:, -width:].sum(1).chunk(2)
+    return better, worse
