@@ -80,6 +80,9 @@ def train(  # noqa: PLR0913 - one parameter per option
     offload: Annotated[str, typer.Option(help="To the host: none, optimizer or all.")] = "none",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     attention: Annotated[str, typer.Option(help="sdpa or eager.")] = "sdpa",
+    tensor: Annotated[int, typer.Option(help="GPUs that share every matrix.")] = 1,
+    pipeline: Annotated[int, typer.Option(help="Stages of layers.")] = 1,
+    sequence: Annotated[int, typer.Option(help="GPUs that share every dialogue.")] = 1,
     tokens: Annotated[str, typer.Option(help="Tokens to train on, epochs included: 500k, 100M, 2B.")] = "100M",
     per_node: PerNode = None,
     gpu_file: GpuFile = None,
@@ -104,6 +107,9 @@ def train(  # noqa: PLR0913 - one parameter per option
         offload=offload,
         dtype=dtype,
         attention=attention,
+        tensor=tensor,
+        pipeline=pipeline,
+        sequence=sequence,
     )
     found, hardware, count = find(model), load_hardware(gpu_file), _count(tokens)
     wanted = plan_training(found.shape, wish, hardware.pool(gpus, per_node), hardware.assumptions) if gpus else None

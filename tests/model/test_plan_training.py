@@ -9,11 +9,13 @@ from r1ray.model.plan.activations import Batch, activations_of
 from r1ray.model.plan.adapter import adapter_of, projections
 from r1ray.model.plan.catalog import find, names
 from r1ray.model.plan.hardware import GIB, SHIPPED, load_hardware
+from r1ray.model.plan.parts import part_of
 from r1ray.model.plan.shape import shape_of
 from r1ray.model.plan.training import TrainingWish, cheapest_first, fewest, plan_training, relaxed
 from r1ray.settings import Settings
 
 SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 6, "num_attention_heads": 8, "vocab_size": 101}
+LONG = SMALL | {"max_position_embeddings": 2048}
 LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "q_lora_rank": 40, "num_key_value_heads": 8}
 EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 2, "n_group": 1, "topk_group": 1}
 CONFIGS = {
@@ -194,3 +196,39 @@ def test_a_users_file_overlays_one_price_and_adds_a_gpu(tmp_path):
 def test_every_line_of_the_gpu_file_says_what_it_is():
     lines = [line for line in SHIPPED.read_text(encoding="utf-8").splitlines() if ":" in line and not line.lstrip().startswith("#")]
     assert [line for line in lines if "#" not in line] == []
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_tensor_part_has_half_of_what_is_split_and_the_whole_of_the_rest(family):
+    shape = shape_of(LONG | CONFIGS[family])
+    whole, part = shape.parameters, part_of(shape, tensor=2, pipeline=1).parameters
+    assert part.dense_mlp * 2 == whole.dense_mlp and part.experts * 2 == whole.experts
+    assert (part.embedding, part.head, part.norms, part.router) == (whole.embedding, whole.head, whole.norms, whole.router)
+    assert whole.attention / 2 <= part.attention < whole.attention * (0.51 if shape.latent is None else 0.8)
+
+
+def test_the_stages_of_a_pipeline_hold_their_layers_and_the_passes_that_wait(hardware):
+    shape, pool = shape_of(LONG | CONFIGS["llama"]), hardware.pool("2xh100")
+    alone = plan_training(shape, TrainingWish(method="full", zero_stage=1), hardware.pool("1xh100"), hardware.assumptions)
+    one, two = (
+        plan_training(shape, TrainingWish(method="full", zero_stage=1, pipeline=2, accumulation=num), pool, hardware.assumptions)
+        for num in (1, 2)
+    )
+    assert one.memory.weights < 0.6 * alone.memory.weights
+    assert two.memory.activations.kept == 2 * one.memory.activations.kept
+    assert two.speed.tokens_per_s > one.speed.tokens_per_s, "stages wait less when there are more passes"
+
+
+def test_slices_of_a_sequence_divide_activations_and_zero_shares_over_all(hardware):
+    shape, pool = shape_of(LONG | CONFIGS["qwen2"]), hardware.pool("4xh100")
+    whole, sliced = (plan_training(shape, TrainingWish(method="full", sequence=num), pool, hardware.assumptions) for num in (1, 4))
+    assert sliced.memory.optimizer == whole.memory.optimizer
+    assert sliced.memory.activations.kept == pytest.approx(whole.memory.activations.kept / 4)
+
+
+def test_a_split_that_training_refuses_is_not_planned(hardware):
+    with pytest.raises(ValueError, match="zero_stage=1"):
+        TrainingWish(pipeline=2, zero_stage=2)
+    with pytest.raises(InvalidValue, match="multiple of 2"):
+        plan_training(shape_of(LONG | CONFIGS["llama"]), TrainingWish(tensor=2), hardware.pool("1xh100"), hardware.assumptions)
+    assert all(plan.pool.num % 4 == 0 for plan in cheapest_first(find("r1-distill-qwen-7b").shape, TrainingWish(tensor=4), hardware, 1e6))

@@ -6,15 +6,17 @@ calibrated (docs/planning.md); time rests on the assumptions of gpus.yaml, which
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from r1ray.config import Config
+from r1ray.errors import InvalidValue
 from r1ray.model.plan.activations import Activations, Attention, Batch, activations_of
-from r1ray.model.plan.adapter import Adapter, adapter_of
+from r1ray.model.plan.adapter import adapter_of
 from r1ray.model.plan.hardware import GIB, Assumptions, Hardware, Pool
+from r1ray.model.plan.parts import part_of, wires
 from r1ray.model.plan.shape import ModelShape
 
 __all__ = ["Memory", "Speed", "TrainingPlan", "TrainingWish", "cheapest_first", "fewest", "plan_training", "relaxed"]
@@ -42,6 +44,9 @@ class TrainingWish(Config):
     accumulation: int = Field(default=1, ge=1, description="Forward passes per optimizer step.")
     length: int = Field(default=1024, ge=1, description="Tokens of the longest dialogue in a pass.")
     supervised_share: float = Field(default=1.0, gt=0, le=1, description="Share of the positions that carry loss.")
+    tensor: int = Field(default=1, ge=1, description="GPUs that share every matrix (train.parallelism.tensor).")
+    pipeline: int = Field(default=1, ge=1, description="Stages of layers, one per GPU (train.parallelism.pipeline).")
+    sequence: int = Field(default=1, ge=1, description="GPUs that share every dialogue (train.parallelism.sequence).")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -51,12 +56,24 @@ class TrainingWish(Config):
             raise ValueError("offload needs a ZeRO optimizer; set zero_stage to 1, 2 or 3")
         if self.zero_stage == 0 and self.dtype == "bfloat16":
             raise ValueError("zero_stage 0 with bfloat16 keeps no float32 master weights; set zero_stage=1 or dtype=float32")
+        if sum(degree > 1 for degree in (self.tensor, self.pipeline, self.sequence)) > 1:
+            raise ValueError("one of tensor, pipeline and sequence may be above 1, as in training")
+        most = 1 if self.pipeline > 1 else 2 if self.tensor > 1 else 3
+        if self.zero_stage > most:
+            raise ValueError(f"this split goes with zero_stage up to {most}; set zero_stage={most}")
         return self
 
     @property
+    def split(self) -> int:
+        """GPUs that hold one copy of the model, or of its activations, together."""
+        return self.tensor * self.pipeline * self.sequence
+
+    @property
     def batch(self) -> Batch:
+        """One GPU's part of a pass."""
         positions = self.micro_batch_size * self.length
-        return Batch(size=self.micro_batch_size, length=self.length, num_supervised=max(1, round(self.supervised_share * positions)))
+        supervised = max(1, round(self.supervised_share * positions / self.sequence))
+        return Batch(size=self.micro_batch_size, length=-(-self.length // self.sequence), num_supervised=supervised)
 
     @property
     def bytes_per_value(self) -> int:
@@ -131,7 +148,13 @@ class TrainingPlan:
 
 
 def plan_training(shape: ModelShape, wish: TrainingWish, pool: Pool, assumptions: Assumptions) -> TrainingPlan:
-    """One way of training on one pool of GPUs, as data-parallel workers, one per GPU."""
+    """One way of training on one pool of GPUs, one worker per GPU.
+
+    Raises:
+        InvalidValue: the pool's GPUs cannot be split so.
+    """
+    if pool.num % wish.split:
+        raise InvalidValue(f"{pool.num} GPUs cannot be split by {wish.split}. Give a multiple of {wish.split}, or smaller degrees.")
     adapter = adapter_of(shape, rank=wish.rank, targets=wish.targets) if wish.method == "lora" else None
     base = shape.parameters.total
     trainable = adapter.parameters if adapter else base
@@ -141,7 +164,7 @@ def plan_training(shape: ModelShape, wish: TrainingWish, pool: Pool, assumptions
         pool=pool,
         trainable=trainable,
         total=total,
-        memory=_memory(shape, wish, pool, adapter),
+        memory=_memory(shape, wish, pool),
         speed=_speed(shape, wish, pool, trainable, assumptions),
     )
 
@@ -151,6 +174,8 @@ def fewest(shape: ModelShape, wish: TrainingWish, name: str, hardware: Hardware)
     per_node = hardware.gpus[name].gpus_per_node
     inside = [num for num in (1, 2, 4, 8, 16) if num < per_node]
     for num in (*inside, *(per_node * nodes for nodes in range(1, MOST_NODES + 1))):
+        if num % wish.split:
+            continue
         plan = plan_training(shape, wish, hardware.pool(f"{num}x{name}"), hardware.assumptions)
         if plan.fits:
             return plan
@@ -163,9 +188,12 @@ def cheapest_first(shape: ModelShape, wish: TrainingWish, hardware: Hardware, nu
     return sorted((plan for plan in plans if plan is not None), key=lambda plan: plan.money(num_tokens))
 
 
-def _memory(shape: ModelShape, wish: TrainingWish, pool: Pool, adapter: Adapter | None) -> Memory:
-    size, num, stage = wish.bytes_per_value, pool.num, wish.zero_stage
-    base = shape.parameters.total
+def _memory(whole: ModelShape, wish: TrainingWish, pool: Pool) -> Memory:
+    shape = part_of(whole, tensor=wish.tensor, pipeline=wish.pipeline)
+    adapter = adapter_of(shape, rank=wish.rank, targets=wish.targets) if wish.method == "lora" else None
+    size, num, stage = wish.bytes_per_value, pool.num // (wish.tensor * wish.pipeline), wish.zero_stage
+    # a stage has the embedding or the head
+    base = shape.parameters.total - (shape.parameters.embedding if wish.pipeline > 1 and not shape.tied else 0)
     trainable = adapter.parameters if adapter else base
     total = base + (adapter.parameters if adapter else 0)
     share = 1 / num if stage >= 1 else 1.0
@@ -186,6 +214,8 @@ def _memory(shape: ModelShape, wish: TrainingWish, pool: Pool, adapter: Adapter 
     activations = activations_of(
         shape, wish.batch, adapter=adapter, attention=wish.attention, checkpointing=wish.checkpointing, bytes_per_value=size
     )
+    waiting = min(wish.pipeline, wish.accumulation)  # passes that the first stage has begun and not ended (1F1B, arXiv 2104.04473)
+    activations = replace(activations, kept=activations.kept * waiting)
     return Memory(
         weights=weights,
         gradients=gradients,
@@ -206,14 +236,26 @@ def _speed(shape: ModelShape, wish: TrainingWish, pool: Pool, trainable: int, as
     if shape.num_experts:
         utilisation = min(utilisation, assumptions.mfu_experts)
     rate = pool.gpu.bf16_tflops * 1e12 * utilisation / (1 if wish.dtype == "bfloat16" else 2)
-    tokens = wish.accumulation * wish.batch.num_tokens
-    arithmetic = tokens * operations / rate
-    network = _traffic(shape, wish, pool.num, trainable) / (pool.collective_gbs * 1e9)
-    offloading = _offloading(shape, wish, pool.num, trainable, assumptions)
+    num_groups = pool.num // wish.split
+    tokens = wish.accumulation * wish.micro_batch_size * wish.length
+    idle = (wish.pipeline - 1) / wish.accumulation  # stages wait for the first pass and after the last (arXiv 2104.04473)
+    arithmetic = tokens * operations / wish.split / rate * (1 + idle)
+    own = _own_wires(pool, wish.split)
+    arithmetic += wires(shape, tokens * wish.bytes_per_value, tensor=wish.tensor, sequence=wish.sequence) / (own * 1e9)
+    held = trainable // (wish.tensor * wish.pipeline)
+    network = _traffic(shape, wish, pool.num // (wish.tensor * wish.pipeline), held) / (pool.collective_gbs * 1e9)
+    offloading = _offloading(shape, wish, pool.num // (wish.tensor * wish.pipeline), held, assumptions)
     times: dict[Bound, float] = {"arithmetic": arithmetic, "network": network, "offloading": arithmetic + offloading}
     bound = max(times, key=lambda name: times[name]) if offloading else ("network" if network > arithmetic else "arithmetic")
     step = max(times.values())
-    return Speed(step_s=step, tokens_per_s=tokens * pool.num / step, operations_per_token=operations, utilisation=utilisation, bound=bound)
+    return Speed(
+        step_s=step, tokens_per_s=tokens * num_groups / step, operations_per_token=operations, utilisation=utilisation, bound=bound
+    )
+
+
+def _own_wires(pool: Pool, split: int) -> float:
+    """GB/s among the GPUs of one copy: neighbours, while a node holds them."""
+    return pool.gpu.link_gbs if split <= pool.per_node else pool.gpu.network_gbs
 
 
 def _operations(shape: ModelShape, wish: TrainingWish, trainable: int) -> float:
@@ -251,6 +293,8 @@ def _offloading(shape: ModelShape, wish: TrainingWish, num: int, trainable: int,
 def relaxed(wish: TrainingWish) -> list[TrainingWish]:
     """What to try when nothing fits, mildest first: checkpointing, ZeRO-3, single dialogues, offloading."""
     steps: list[dict[str, object]] = [{"checkpointing": True}, {"zero_stage": 3}, {"micro_batch_size": 1}, {"offload": "optimizer"}]
+    if wish.tensor * wish.pipeline > 1:  # ZeRO-3 would split the same weights, and offloading was not tried
+        steps = [step for step in steps if not {"zero_stage", "offload"} & step.keys()]
     wishes, current = [], wish
     for step in steps:
         changed = _changed(current, step)

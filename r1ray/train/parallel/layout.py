@@ -101,7 +101,7 @@ def check_combination(config: TrainConfig) -> None:
     if config.max_workers % degrees.split:
         raise ValueError(f"{said} does not divide num_workers={config.max_workers}; set num_workers to a multiple of {degrees.split}")
     if config.objective != "sft":
-        raise ValueError(f"{said} is for objective sft; {config.objective} scores or writes whole texts, so set it to 1 and use zero_stage=3")
+        raise ValueError(f"{said} is for objective sft; {config.objective} needs whole texts; set it to 1 and use zero_stage=3")
     if config.method in ("prompt", "prefix"):
         raise ValueError(f"{said} with method {config.method}: what it trains is small and stands before the split; set it to 1")
     if config.packing:

@@ -68,7 +68,7 @@ def sliced(batch: dict[str, torch.Tensor], part: int, num_parts: int, pad_id: in
 
 
 def share_sequences(degree: int) -> None:
-    """Put Ulysses in the place of transformers' sdpa attention, and tell ZeRO of the groups; in every worker, before the model is loaded."""
+    """Put Ulysses in the place of transformers' sdpa, and tell ZeRO of the groups; in every worker, before the model is loaded."""
     import deepspeed
     from deepspeed.runtime.sequence_parallel import parallel_state_sp
     from deepspeed.utils import groups

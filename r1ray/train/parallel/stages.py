@@ -122,7 +122,7 @@ def build_stages(
     class Pipeline(PipelineModule):  # type: ignore[misc]
         """DeepSpeed's, cut where this module's weights were kept."""
 
-        def _partition_layers(self, method: str = "") -> None:
+        def _partition_layers(self, method: str = "") -> None:  # noqa: ARG002
             self.parts = parts
             self._set_bounds(start=parts[stage], stop=parts[stage + 1])
 

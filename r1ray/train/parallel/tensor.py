@@ -52,13 +52,13 @@ class _Summed(torch.autograd.Function):
     """The sum of the workers' parts, whose gradient is everyone's."""
 
     @staticmethod
-    def forward(ctx: Any, part: torch.Tensor, group: Any) -> torch.Tensor:
+    def forward(_: Any, part: torch.Tensor, group: Any) -> torch.Tensor:
         whole = part.contiguous().clone()
         dist.all_reduce(whole, group=group)
         return whole
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(_: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient, None
 
 

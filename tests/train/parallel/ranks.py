@@ -15,19 +15,27 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 warnings.filterwarnings("ignore")
 
-import deepspeed  # noqa: E402
-import deepspeed.runtime.sequence_parallel.ulysses_sp  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-import transformers.models.deepseek_v3  # noqa: E402
-import transformers.models.qwen2  # noqa: E402
-import trl.trainer.sft_trainer  # noqa: E402, F401
 
 from r1ray.train.worker import Attempt, _quieten  # noqa: E402
+
+for name in (
+    "deepspeed",
+    "deepspeed.pipe",
+    "deepspeed.runtime.sequence_parallel.ulysses_sp",
+    "peft",
+    "transformers.models.deepseek_v3.modeling_deepseek_v3",
+    "transformers.models.qwen2.modeling_qwen2",
+    "trl.trainer.sft_trainer",
+    "r1ray.train.objective.sft_trainer",
+):
+    import_module(name)
 
 
 class PublishingReporter:
