@@ -43,14 +43,13 @@ def create_engine(artifact: Artifact, config: EngineConfig, registry: Registry) 
 
         return FakeEngine(config, context_length=artifact.manifest.context_length)
     check_kind(artifact, config)
-    from transformers import AutoConfig
-
+    from r1ray.model.architecture import read_architecture
     from r1ray.model.load import base_of
     from r1ray.model.soft import soft_kind
 
     is_adapter = artifact.manifest.kind == "adapter"
     directory = base_of(artifact, registry).path if is_adapter else artifact.path
-    shape = AutoConfig.from_pretrained(directory)
+    shape = read_architecture(directory)
     limit = artifact.manifest.context_length
     if config.type == "vllm":
         from r1ray.engine.vllm.create import create_vllm
@@ -268,13 +267,13 @@ def _free_bytes(device: str) -> int:
 def _eos_ids(artifact: Artifact, directory: Path, shape: PretrainedConfig) -> list[int]:
     """The generation config's, the model config's and the tokenizer's: a chat model's end-of-turn token is often in only one of them."""
     from r1ray.model.checkpoint import read_json
-    from r1ray.model.load import load_tokenizer
+    from r1ray.model.load import end_token_id
 
     file = directory / "generation_config.json"
     configured = read_json(file).get("eos_token_id") if file.is_file() else None
     configured = shape.eos_token_id if configured is None else configured
     ids = [configured] if isinstance(configured, int) else list(configured or [])
-    of_tokenizer = load_tokenizer(artifact).eos_token_id
+    of_tokenizer = end_token_id(artifact)
     return sorted({*ids, *([] if of_tokenizer is None else [of_tokenizer])})
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from r1ray.engine.backend import Piece
 from r1ray.errors import EngineStopped
+from r1ray.model.architecture import read_architecture
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -61,10 +62,11 @@ class StageOrder:
 
 def load_stage(order: StageOrder) -> Layers:
     """Read the tensors of these layers only."""
+    if order.native:
+        return _native(order, read_architecture(order.directory))
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(order.directory)
-    return _native(order, config) if order.native else _transformers(order, config)
+    return _transformers(order, AutoConfig.from_pretrained(order.directory))
 
 
 def _native(order: StageOrder, config: PretrainedConfig) -> Layers:

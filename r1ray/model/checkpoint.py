@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import mmap
 import os
 import shutil
 import struct
@@ -30,6 +31,10 @@ INDEX = "model.safetensors.index.json"
 
 _SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_DTYPES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"},
+}
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 
@@ -61,25 +66,35 @@ def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
 
 
 def checkpoint_tensors(directory: Path) -> Tensors:
-    """The tensors of a directory, each read from its shard when it is asked for, so that a pipeline stage reads its own only.
+    """The tensors of a directory, each mapped from its shard when it is asked for and unmapped with its last view.
+
+    A stage of a pipeline reads its own only, and who packs one after the other never has all of them in memory.
 
     Raises:
-        UnsupportedModel: as `weight_files` and `tensor_shapes`.
+        UnsupportedModel: as `weight_files` and `tensor_shapes`; later, a tensor of a type that torch has not.
     """
-    from safetensors import safe_open
-
-    files = weight_files(directory)
-    places = {name: file for file in files for name in tensor_shapes([file])}
-    opened: dict[Path, Any] = {}
+    places = {name: (file, entry) for file in weight_files(directory) for name, entry in _header(file).items()}
 
     def tensor(name: str) -> Tensor | None:
-        if (file := places.get(name)) is None:
-            return None
-        if file not in opened:
-            opened[file] = safe_open(str(file), framework="pt")
-        return opened[file].get_tensor(name)
+        return _mapped(name, *places[name]) if name in places else None
 
     return tensor
+
+
+def _mapped(name: str, file: Path, entry: Mapping[str, Any]) -> Tensor:
+    import torch
+
+    if (dtype := getattr(torch, _DTYPES.get(entry["dtype"], ""), None)) is None:
+        raise UnsupportedModel(f"{file} holds {name} as {entry['dtype']}; it must be one of {', '.join(_DTYPES)}. Convert the model.")
+    begin, end = entry["data_offsets"]
+    with file.open("rb") as stream:
+        data = 8 + struct.unpack("<Q", stream.read(8))[0]
+        begin, end = data + begin, data + end
+        if begin == end:
+            return torch.empty(entry["shape"], dtype=dtype)
+        page = begin - begin % mmap.ALLOCATIONGRANULARITY
+        mapped = mmap.mmap(stream.fileno(), end - page, access=mmap.ACCESS_COPY, offset=page)
+    return torch.frombuffer(mapped, dtype=dtype, count=math.prod(entry["shape"]), offset=begin - page).view(entry["shape"])
 
 
 def num_parameters(files: Sequence[Path]) -> int:

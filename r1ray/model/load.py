@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from r1ray.errors import AdapterMismatch, ArtifactInvalid, UnsupportedModel
 from r1ray.model import template
-from r1ray.model.checkpoint import tensor_shapes, weight_files
+from r1ray.model.checkpoint import read_json, tensor_shapes, weight_files
 from r1ray.registry import MANIFEST, POLICY, Registry
 from r1ray.types import Artifact
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Dtype", "base_of", "choose_dtype", "load_model", "load_tokenizer", "merge_adapter", "training_tokenizer"]
+__all__ = ["Dtype", "base_of", "choose_dtype", "end_token_id", "load_model", "load_tokenizer", "merge_adapter", "training_tokenizer"]
 
 Dtype = Literal["float32", "bfloat16", "auto"]
 
@@ -35,6 +35,19 @@ _log = logging.getLogger(__name__)
 def load_tokenizer(artifact: Artifact) -> PreTrainedTokenizerBase:
     """The tokenizer with the artifact's template for generation."""
     return _tokenizer(artifact, template.read(artifact).infer)
+
+
+def end_token_id(artifact: Artifact) -> int | None:
+    """The tokenizer's end-of-text id, from its files where they say it: loading a tokenizer takes a second of imports."""
+    settings, words = artifact.path / "tokenizer_config.json", artifact.path / "tokenizer.json"
+    if settings.is_file() and words.is_file():
+        token = read_json(settings).get("eos_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        added = {entry.get("content"): entry.get("id") for entry in read_json(words).get("added_tokens", [])}
+        if isinstance(found := added.get(content), int):
+            return found
+    found = load_tokenizer(artifact).eos_token_id
+    return found if isinstance(found, int) else None
 
 
 def training_tokenizer(artifact: Artifact) -> PreTrainedTokenizerBase:

@@ -6,9 +6,10 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from r1ray.errors import UnsupportedModel
-from r1ray.model.checkpoint import INDEX, link_or_copy, num_parameters, read_json, tensor_shapes, weight_files
+from r1ray.model.checkpoint import INDEX, checkpoint_tensors, link_or_copy, num_parameters, read_json, tensor_shapes, weight_files
 
 
 def test_shards_come_in_name_order(tiny_llama):
@@ -23,6 +24,28 @@ def test_parameters_are_counted_without_loading(tiny_llama, tiny_qwen2):
     for directory in (tiny_llama, tiny_qwen2):
         model = AutoModelForCausalLM.from_pretrained(directory)
         assert num_parameters(weight_files(directory)) == sum(p.numel() for p in model.parameters())
+
+
+def test_every_tensor_is_read_as_safetensors_reads_it(tiny_llama):
+    from safetensors.torch import load_file
+
+    tensors = checkpoint_tensors(tiny_llama)
+    for file in weight_files(tiny_llama):
+        for name, right in load_file(file).items():
+            found = tensors(name)
+            assert found.dtype == right.dtype
+            assert torch.equal(found, right)
+    assert tensors("no.such.tensor") is None
+
+
+def test_a_type_that_torch_has_not_is_named(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(4, dtype=torch.int32)}, tmp_path / "model.safetensors")
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data.replace(b'"I32"', b'"X32"'))
+    with pytest.raises(UnsupportedModel, match="holds a as X32"):
+        checkpoint_tensors(tmp_path)("a")
 
 
 def test_a_missing_shard_is_named(tiny_llama, tmp_path):

@@ -9,7 +9,7 @@ from r1ray.errors import AdapterMismatch, ArtifactInvalid
 from r1ray.model.adapters import lora
 from r1ray.model.family import family_of
 from r1ray.model.importer import import_model
-from r1ray.model.load import base_of, choose_dtype, load_model, load_tokenizer, merge_adapter
+from r1ray.model.load import base_of, choose_dtype, end_token_id, load_model, load_tokenizer, merge_adapter
 
 FAMILIES = ["tiny_llama", "tiny_qwen2", "tiny_deepseek_v3"]
 IDS = torch.tensor([[5, 17, 301, 42, 99, 300, 12, 7]])
@@ -29,6 +29,15 @@ def add_adapter(base_dir, out, registry, *, scale=0.05, use_dora=False):
             torch.nn.init.normal_(tensor, std=scale)
     adapted.save_pretrained(out)
     return import_model(str(out), name="a", registry=registry, base="base")
+
+
+def test_the_end_token_is_read_as_the_tokenizer_says_it(tiny_llama, registry):
+    artifact = import_model(str(tiny_llama), name="m", registry=registry)
+    right = load_tokenizer(artifact).eos_token_id
+    assert right is not None
+    assert end_token_id(artifact) == right
+    (artifact.path / "tokenizer_config.json").write_text('{"eos_token": "no such word"}')
+    assert end_token_id(artifact) == load_tokenizer(artifact).eos_token_id
 
 
 @pytest.mark.parametrize("family", FAMILIES)

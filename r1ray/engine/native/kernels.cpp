@@ -62,7 +62,7 @@ struct Model {
   const Layer *layers;
   const float *final_norm;
   Linear head;
-  const void *embedding;  // (vocab, hidden), null in later pipeline stages
+  const void *embedding;  // (vocab, hidden); null: the rows are those of the head, which is then f32 or bf16
   const float *cosine, *sine;  // (positions, D / 2)
 };
 
@@ -613,12 +613,25 @@ class Decoder {
     memset(out, 0, size_t(width_) * 4);
     if (!batch.ids) {
       memcpy(out, batch.hidden + size_t(row) * n, size_t(n) * 4);
+    } else if (!model_.embedding) {
+      head_row(batch.ids[row], out);
     } else if (model_.embedding_kind == F32) {
       memcpy(out, static_cast<const float *>(model_.embedding) + size_t(batch.ids[row]) * n, size_t(n) * 4);
     } else {
       const uint16_t *in = static_cast<const uint16_t *>(model_.embedding) + size_t(batch.ids[row]) * n;
       for (int i = 0; i < n; ++i) out[i] = from_bf16(in[i]);
     }
+  }
+
+  void head_row(int id, float *out) {
+    const int n = model_.hidden, column = id % PANEL;
+    const size_t panel = size_t(id / PANEL) * PANEL * n;
+    const float *wide = static_cast<const float *>(model_.head.weight) + panel;
+    const uint16_t *narrow = static_cast<const uint16_t *>(model_.head.weight) + panel;
+    if (model_.head.kind == F32)
+      for (int i = 0; i < n; ++i) out[i] = wide[size_t(i) * PANEL + column];
+    else
+      for (int i = 0; i < n; ++i) out[i] = from_bf16(narrow[size_t(i / 2) * 2 * PANEL + 2 * column + i % 2]);
   }
 
   void layer(const Batch &batch, int l, Walker &walker) {

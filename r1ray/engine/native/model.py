@@ -217,13 +217,15 @@ class NativeModel(Immediate):
             cosine=self._keep(cosine),
             sine=self._keep(sine),
         )
-        embedding = _wanted(tensors, "model.embed_tokens.weight")
-        if self.first == 0:
-            model.embedding = self._keep(embedding.to(torch.float32 if full else torch.bfloat16).contiguous())
-        if self.last == shape.num_layers:
-            head = embedding if shape.tied else _wanted(tensors, "lm_head.weight")
+        ends = self.last == shape.num_layers
+        if ends:
+            head = _wanted(tensors, "model.embed_tokens.weight" if shape.tied else "lm_head.weight")
             model.final_norm = self._keep(_wanted(tensors, "model.norm.weight").float())
             model.head = self._pack(head, HEAD.get(precision, precision))
+        if self.first == 0 and not (ends and shape.tied and precision in ("float32", "bfloat16")):
+            # asked for anew: of a mapping of its own only the rows in use stay in memory
+            embedding = _wanted(tensors, "model.embed_tokens.weight")
+            model.embedding = self._keep(embedding.to(torch.float32 if full else torch.bfloat16).contiguous())
         self._kept.append(layers)
         return int(self._library.r1ray_create(ctypes.byref(model)))
 

@@ -27,7 +27,7 @@ GROUPS = (64, 32)  # activations that share an int8 scale
 NIBBLES = 32  # int4 weights, and the activations they meet, that share a scale
 CODES = 15  # the largest int4 code
 OFFSET = 128  # int8 weights are stored unsigned; the kernels' products want one unsigned side
-ROWS_AT_ONCE = 128 * PANEL  # that are rounded together: a vocabulary's floats would be the peak of a start
+ROWS_AT_ONCE = 32 * PANEL  # that are rounded together: a vocabulary's floats would be the peak of a start
 
 
 @dataclass(frozen=True, slots=True)
