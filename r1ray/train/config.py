@@ -116,6 +116,14 @@ class TrainConfig(Config):
     learning_rate: float = Field(
         default=2e-4, gt=0, le=1, description="Peak learning rate of AdamW (seed 004: 3e-5 for LoRA on large models)."
     )
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of each label spread over the whole vocabulary, in sft (seed 004: 0.1)."
+    )
+    neftune_alpha: float | None = Field(
+        default=None,
+        gt=0,
+        description="Noise of this size on the embeddings of questions and answers (NEFTune, arXiv 2310.05914); null: none.",
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
     warmup_share: float = Field(default=0.05, ge=0, lt=1, description="Linear warm-up over this share of the run (seed 004: 5 %).")
     floor_share: float = Field(default=0.1, ge=0, le=1, description="The cosine ends at this share of the peak learning rate.")
@@ -133,6 +141,9 @@ class TrainConfig(Config):
     max_length: int = Field(default=1024, ge=16, description="Longest dialogue in tokens; a longer one is cut after an assistant turn.")
     packing: bool = Field(
         default=False, description="Lay a micro-batch's dialogues end to end with separate attention instead of padding them."
+    )
+    mix: bool = Field(
+        default=True, description="Draw the rows of a file of jobs/prepare_data.py as its mix plan says; false: as they come."
     )
     group_window: int = Field(default=8, ge=1, description="Dialogues of similar length are batched within this many batches; 1 is off.")
     seed: int = Field(default=0, description="Order of the data, adapter initialisation, dropout.")
@@ -157,6 +168,11 @@ class TrainConfig(Config):
         self._can_store()
         if self.method == "prefix" and self.zero_stage == 3:
             raise ValueError("method prefix begins with keys computed by the whole base, which zero_stage 3 splits; set zero_stage=2")
+        if (self.label_smoothing or self.neftune_alpha) and (self.objective != "sft" or self.parallelism.pipeline > 1):
+            raise ValueError(
+                "label_smoothing and neftune_alpha belong to objective sft without parallelism.pipeline; set label_smoothing=0 "
+                "neftune_alpha=null"
+            )
         if self.packing and self.method in ("prompt", "prefix"):
             raise ValueError(f"packing lays dialogues end to end, and method {self.method} goes before each of them; set packing=false")
         check_combination(self)
@@ -240,6 +256,7 @@ class FinetuneConfig(Config):
 
     name: str = Field(default="assistant", description="Registered model name of the result.")
     base: str = Field(default="smollm2-135m-instruct", description="Registry reference of the base: name, name@alias or name@version.")
+    show: int = Field(default=0, ge=0, description="Print so many dialogues as they would be trained, by role, and train nothing; in sft.")
     collection: str | None = Field(default=None, description="Retrieval collection that the result's answers are grounded in when served.")
     data: DataConfig = Field(description="What to learn from.")
     train: TrainConfig = Field(default_factory=TrainConfig, description="How to learn.")

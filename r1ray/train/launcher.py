@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from r1ray import cluster
-from r1ray.errors import RegistryError, TrainingError, UnsupportedModel
+from r1ray.errors import InvalidValue, RegistryError, TrainingError, UnsupportedModel
 from r1ray.model.checkpoint import read_json
 from r1ray.observe.tracking import Run
 from r1ray.registry import Registry
@@ -28,7 +28,7 @@ from r1ray.train.progress import Follower, Step, curve, line
 from r1ray.train.standing import MARK, Standing
 from r1ray.types import Artifact
 
-__all__ = ["finetune"]
+__all__ = ["finetune", "show"]
 
 EXPERIMENT = "finetune"
 _log = logging.getLogger(__name__)
@@ -59,6 +59,28 @@ def finetune(config: FinetuneConfig, settings: Settings | None = None) -> Artifa
     material = objective.prepare(rows, base, config, settings)
     directory.mkdir(parents=True, exist_ok=True)
     return _train(config, resolve_order(config.train, base, material, directory, settings, _say), rows.data_hash, registry)
+
+
+def show(config: FinetuneConfig, settings: Settings | None = None) -> str:
+    """Print `config.show` dialogues as they would be trained; no cluster is needed.
+
+    Raises:
+        InvalidValue: the objective trains on something else than dialogues.
+    """
+    from r1ray.model.load import training_tokenizer
+    from r1ray.train.show import shown
+    from r1ray.train.tokens import TokenSet
+
+    settings = settings or Settings()
+    objective, base = objective_of(config.train.objective), _base(config, Registry(settings))
+    material = objective.prepare(objective.read(config), base, config, settings)
+    if not isinstance(material, TokenSet):
+        raise InvalidValue(
+            f"show={config.show} shows dialogues; train.objective={config.train.objective} trains on something else. Set show=0."
+        )
+    text = shown(material.rows(), training_tokenizer(base), config.show)
+    _say(f"{material.told}\n{text}")
+    return text
 
 
 def _train(config: FinetuneConfig, order: WorkOrder, data_hash: str, registry: Registry) -> Artifact:

@@ -23,32 +23,39 @@ _SCALED_HEADS = ("final_logit_softcapping", "logit_scale", "output_multiplier", 
 
 
 class _SummedNll(torch.autograd.Function):
-    """Sum of the negative log-likelihoods; the gradient is made in the same pass and kept in the logits' own dtype."""
+    """Sum of the negative log-likelihoods; the gradient is made in the same pass and kept in the logits' own dtype.
+
+    With smoothing s the label has 1 - s of the mass and all V tokens share s alike.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, logits_NV: torch.Tensor, labels_N: torch.Tensor, smoothing: float) -> torch.Tensor:
         gradient_NV = torch.empty_like(logits_NV)
         total = logits_NV.new_zeros((), dtype=torch.float32)
         for start in range(0, len(labels_N), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
             exact, labels = logits_NV[rows].float(), labels_N[rows, None]
             log_sum = exact.logsumexp(-1, keepdim=True)
-            total += (log_sum - exact.gather(-1, labels)).sum()
+            total += (log_sum - (1 - smoothing) * exact.gather(-1, labels)).sum()
+            if smoothing:
+                total -= smoothing * exact.mean(-1).sum()
             probabilities = exact.sub_(log_sum).exp_()
-            probabilities.scatter_add_(-1, labels, torch.full_like(labels, -1, dtype=exact.dtype))
+            probabilities.scatter_add_(-1, labels, torch.full_like(labels, smoothing - 1, dtype=exact.dtype))
+            if smoothing:
+                probabilities -= smoothing / probabilities.shape[-1]
             gradient_NV[rows] = probabilities
         ctx.save_for_backward(gradient_NV)
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient_NV,) = ctx.saved_tensors
-        return gradient_NV * upstream.to(gradient_NV.dtype), None
+        return gradient_NV * upstream.to(gradient_NV.dtype), None, None
 
 
-def summed_nll(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+def summed_nll(logits_NV: torch.Tensor, labels_N: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
     """Sum over N of -log p(label), float32; zero with a gradient path when N is 0."""
-    summed: torch.Tensor = _SummedNll.apply(logits_NV, labels_N)  # type: ignore[no-untyped-call]
+    summed: torch.Tensor = _SummedNll.apply(logits_NV, labels_N, smoothing)  # type: ignore[no-untyped-call]
     return summed
 
 
@@ -58,7 +65,7 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     return all(getattr(config, name, None) in (None, 1.0) for name in _SCALED_HEADS)
 
 
-def add_supervised_loss(model: PreTrainedModel) -> None:
+def add_supervised_loss(model: PreTrainedModel, smoothing: float = 0.0) -> None:
     """Teach `model(..., labels=labels_BT, supervised=True)` to return the summed loss; without the flag nothing changes.
 
     The output layer is called as a module, so that ZeRO-3 gathers its weights.
@@ -73,6 +80,6 @@ def add_supervised_loss(model: PreTrainedModel) -> None:
         if next_BT is None:
             hidden_BTD, next_BT = hidden_BTD[:, :-1], labels[:, 1:]
         trained_BT = next_BT != -100
-        return summed_nll(self.get_output_embeddings()(hidden_BTD[trained_BT]), next_BT[trained_BT])
+        return summed_nll(self.get_output_embeddings()(hidden_BTD[trained_BT]), next_BT[trained_BT], smoothing if self.training else 0.0)
 
     model.forward = types.MethodType(forward, model)

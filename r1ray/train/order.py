@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from r1ray.errors import InvalidValue
 from r1ray.model.load import choose_dtype
 from r1ray.settings import Settings
 from r1ray.train import runs
@@ -19,7 +20,7 @@ from r1ray.train.config import TrainConfig
 from r1ray.train.parallel.layout import layout_of
 from r1ray.types import Artifact
 
-__all__ = ["Material", "WorkOrder", "num_threads", "plan_of", "resolve_order", "worker_bundles"]
+__all__ = ["Material", "WorkOrder", "num_threads", "plan_for", "plan_of", "resolve_order", "worker_bundles"]
 
 
 class Material(Protocol):
@@ -62,6 +63,16 @@ def plan_of(config: TrainConfig, lengths: list[int]) -> BatchPlan:
     )
 
 
+def plan_for(config: TrainConfig, material: Material) -> BatchPlan:
+    """The same, in the order of the mix plan where the material has one."""
+    if not getattr(material, "is_mixed", False):
+        return plan_of(config, material.lengths())
+    from r1ray.train.mixed import MixedPlan
+
+    lengths, path = material.lengths(), material.path  # type: ignore[attr-defined]
+    return MixedPlan(lengths, config.batch_size, config.num_epochs, config.seed, group_window=1, tokens=path)
+
+
 def resolve_order(
     config: TrainConfig, base: Artifact, material: Material, directory: Path, settings: Settings, say: Callable[[str], object]
 ) -> WorkOrder:
@@ -72,10 +83,14 @@ def resolve_order(
         config = config.model_copy(update={"micro_batch_size": known.micro_batch_size})
     held_out: Material | None = None
     if config.eval_share:
+        if getattr(material, "is_mixed", False):
+            raise InvalidValue(
+                "train.eval_share takes rows out of a file whose mix plan counts on them; set train.mix=false or eval_share=0."
+            )
         from r1ray.train.parts import parted
 
         material, held_out = parted(material, config.eval_share, config.seed)
-    plan = plan_of(config, material.lengths())
+    plan = plan_for(config, material)
     num_steps = min(plan.num_steps, config.max_steps or plan.num_steps)
     layout = layout_of(config, config.max_workers)
     accumulation = accumulation_steps(config.rows_per_batch, layout.data, config.micro_batch_size)

@@ -13,13 +13,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from r1ray.data.config import DataConfig
+from r1ray.data.prepare.plan import Mix
 from r1ray.data.read import Loaded
 from r1ray.errors import NothingToTrain, TooManyBadRows
 from r1ray.model import template
@@ -45,10 +46,12 @@ class TokenSet:
     num_trained_tokens: int
     num_shortened: int
     num_rejected: int
+    is_mixed: bool = False
 
     @property
     def told(self) -> str:
-        return f"{self.num_rows} dialogues, {self.num_tokens} tokens, {self.num_trained_tokens} carry loss"
+        drawn = ", drawn by the file's mix plan" if self.is_mixed else ""
+        return f"{self.num_rows} dialogues, {self.num_tokens} tokens, {self.num_trained_tokens} carry loss{drawn}"
 
     def lengths(self) -> list[int]:
         """Tokens of each dialogue."""
@@ -57,20 +60,20 @@ class TokenSet:
 
     def rows(self) -> tuple[list[list[int]], list[list[int]]]:
         """(input ids, masks), one list per dialogue."""
-        table = pq.read_table(self.path)
+        table = pq.read_table(self.path, columns=["input_ids", "mask"])
         return table["input_ids"].to_pylist(), table["mask"].to_pylist()
 
 
-def tokenise(loaded: Loaded, artifact: Artifact, data: DataConfig, *, max_length: int, cache: Path) -> TokenSet:
-    """The token set of a data set under one model's template.
+def tokenise(loaded: Loaded, artifact: Artifact, data: DataConfig, *, max_length: int, cache: Path, mix: Mix | None = None) -> TokenSet:
+    """The token set of a data set under one model's template; with `mix`, one that training walks through as its plan says.
 
     Raises:
         NothingToTrain: no token carries loss.
         TooManyBadRows: with the dialogues that do not fit, the invalid share exceeds `data.max_bad_share`.
     """
-    path = cache / "tokens" / f"{_key(loaded, artifact, data, max_length)}.parquet"
+    path = cache / "tokens" / f"{_key(loaded, artifact, data, max_length, mix)}.parquet"
     if not path.exists():
-        _write(_Encoding.of(loaded.conversations, artifact, data, max_length), path)
+        _write(_Encoding.of(loaded.conversations, artifact, data, max_length), path, mix)
     else:
         _log.info("tokens from the cache: %s", path)
     tokens = _described(path)
@@ -90,13 +93,14 @@ def fit(ids: Sequence[int], mask: Sequence[int], max_length: int) -> int:
 class _Encoding:
     ids: list[list[int]]
     masks: list[list[int]]
+    names: list[str]
     num_shortened: int = 0
     num_rejected: int = 0
 
     @classmethod
     def of(cls, conversations: Sequence[Conversation], artifact: Artifact, data: DataConfig, max_length: int) -> _Encoding:
         tokenizer = training_tokenizer(artifact)
-        encoding = cls([], [])
+        encoding = cls([], [], [])
         for conversation in conversations:
             encoding.add(conversation, tokenizer, data.system_prompt, max_length)
         return encoding
@@ -113,6 +117,7 @@ class _Encoding:
         self.num_shortened += end < len(ids)
         self.ids.append(list(ids[:end]))
         self.masks.append(list(mask[:end]))
+        self.names.append(conversation.id)
 
 
 def tokenizer_hash(artifact: Artifact) -> str:
@@ -123,18 +128,25 @@ def tokenizer_hash(artifact: Artifact) -> str:
     return digest.hexdigest()
 
 
-def _key(loaded: Loaded, artifact: Artifact, data: DataConfig, max_length: int) -> str:
+def _key(loaded: Loaded, artifact: Artifact, data: DataConfig, max_length: int, mix: Mix | None) -> str:
     parts = [_FORMAT, loaded.data_hash, tokenizer_hash(artifact), artifact.manifest.template.sha256, data.system_prompt, max_length]
+    parts += [mix.stored] if mix else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def _write(encoding: _Encoding, path: Path) -> None:
+def _write(encoding: _Encoding, path: Path, mix: Mix | None) -> None:
     schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("mask", pa.list_(pa.int8()))])
+    columns: dict[str, list[Any]] = {"input_ids": encoding.ids, "mask": encoding.masks}
+    if mix is not None:
+        columns |= mix.columns(encoding.names)
+        schema = schema.append(pa.field("role", pa.string())).append(pa.field("chars", pa.int64()))
     counts = {"shortened": encoding.num_shortened, "rejected": encoding.num_rejected, "trained": sum(map(sum, encoding.masks))}
-    table = pa.table({"input_ids": encoding.ids, "mask": encoding.masks}, schema=schema)
+    table = pa.table(columns, schema=schema)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{hashlib.sha256(repr(id(encoding)).encode()).hexdigest()[:8]}")
-    pq.write_table(table.replace_schema_metadata({"r1ray": json.dumps(counts)}), unfinished, compression="zstd")
+    pq.write_table(
+        table.replace_schema_metadata({"r1ray": json.dumps(counts), **(mix.metadata() if mix else {})}), unfinished, compression="zstd"
+    )
     unfinished.rename(path)
 
 
@@ -149,6 +161,7 @@ def _described(path: Path) -> TokenSet:
         num_trained_tokens=counts["trained"],
         num_shortened=counts["shortened"],
         num_rejected=counts["rejected"],
+        is_mixed="role" in pq.read_schema(path).names,
     )
 
 

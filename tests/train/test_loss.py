@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from r1ray.train.batches import BatchPlan
 from r1ray.train.feed import Feed
-from r1ray.train.loss import add_supervised_loss, has_plain_head
+from r1ray.train.loss import add_supervised_loss, has_plain_head, summed_nll
 
 ROWS = [[5, 9, 11, 40, 41, 42], [7, 8, 30, 31], [3, 4, 5, 6, 7, 8, 50, 51], [90, 91, 92]]
 MASKS = [[0, 0, 0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1, 1, 0, 1, 1], [0, 1, 1]]
@@ -76,3 +76,14 @@ def test_a_pass_without_rows_has_no_loss_and_no_gradient(tiny_llama) -> None:
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in net.parameters())
+
+
+def test_a_smoothed_loss_and_its_gradient_are_torchs_own() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(70, 90, requires_grad=True), torch.randint(0, 90, (70,))
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=0.1)
+    (wanted,) = torch.autograd.grad(expected, logits)
+    found = summed_nll(logits, labels, 0.1)
+    (gradient,) = torch.autograd.grad(found, logits)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)

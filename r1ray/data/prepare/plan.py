@@ -8,7 +8,7 @@ saved = walk.position()      # plain JSON, for Walk.resume
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -20,7 +20,7 @@ from r1ray.data.mix import Mixture, ShortSamples, Stage
 from r1ray.data.prepare.config import MixConfig
 from r1ray.errors import UnknownFormat
 
-__all__ = ["MixPlan", "Walk", "mix_plan"]
+__all__ = ["Mix", "MixPlan", "Walk", "mix_plan", "read_mix"]
 
 _KEY = "r1ray.mix"
 
@@ -73,6 +73,34 @@ class Walk:
         """Go on where `position` was taken."""
         self._mixture.resume(position)
         return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """A prepared file's plan as it is stored, and what each of its dialogues counts as: id -> (role, characters)."""
+
+    stored: str
+    rows: Mapping[str, tuple[str, int]]
+
+    def columns(self, ids: Sequence[str]) -> dict[str, list[Any]]:
+        """`role` and `chars` of those dialogues, for a file that `Walk` can read."""
+        found = [self.rows[name] for name in ids]
+        return {"role": [role for role, _ in found], "chars": [chars for _, chars in found]}
+
+    def metadata(self) -> dict[str, str]:
+        return {_KEY: self.stored}
+
+
+def read_mix(path: Path) -> Mix | None:
+    """The mix of the Parquet file at `path`; None for any other file and for a directory."""
+    if path.suffix != ".parquet" or not path.is_file():
+        return None
+    stored = (pq.read_metadata(path).metadata or {}).get(_KEY.encode())
+    if stored is None:
+        return None
+    table = pq.read_table(path, columns=["conversation_id", "role", "chars"])
+    names, roles, chars = (table[name].to_pylist() for name in ("conversation_id", "role", "chars"))
+    return Mix(stored=stored.decode(), rows={name: (str(role), int(num)) for name, role, num in zip(names, roles, chars, strict=True)})
 
 
 def _plan(path: Path) -> MixPlan:

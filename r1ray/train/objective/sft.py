@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from r1ray.data.prepare.plan import Mix, read_mix
 from r1ray.data.read import Loaded, read_conversations
 from r1ray.settings import Settings
 from r1ray.train.batches import BatchPlan
 from r1ray.train.objective.base import Bench, Objective
-from r1ray.train.order import plan_of
+from r1ray.train.order import plan_for
 from r1ray.train.tokens import TokenSet, tokenise
 from r1ray.types import Artifact
 
@@ -24,10 +26,13 @@ class Supervised(Objective):
     """Dialogues in any format; the loss is the mean over the batch's supervised tokens."""
 
     def read(self, config: FinetuneConfig) -> Loaded:
-        return read_conversations(config.data)
+        loaded, mix = read_conversations(config.data), _mix(config, Settings())
+        if mix is None:
+            return loaded
+        return replace(loaded, data_hash=hashlib.sha256(f"{loaded.data_hash} {mix.stored}".encode()).hexdigest())
 
     def prepare(self, rows: Loaded, base: Artifact, config: FinetuneConfig, settings: Settings) -> TokenSet:
-        return tokenise(rows, base, config.data, max_length=config.train.max_length, cache=settings.cache)
+        return tokenise(rows, base, config.data, max_length=config.train.max_length, cache=settings.cache, mix=_mix(config, settings))
 
     def trainer_class(self, _: Bench) -> type[SupervisedTrainer]:
         from r1ray.train.objective.sft_trainer import SupervisedTrainer
@@ -44,7 +49,7 @@ class Supervised(Objective):
         feed = Feed(
             input_ids=ids,
             masks=masks,
-            plan=plan_of(order.config, [len(row) for row in ids]),
+            plan=plan_for(order.config, order.material),
             num_steps=order.num_steps,
             rank=bench.rank,
             num_workers=bench.num_workers,
@@ -67,3 +72,7 @@ class Supervised(Objective):
             held_out = replace(feed, input_ids=ids, masks=masks, plan=sorted_rows, num_steps=num_batches, accumulation=1)
             trainer.held_out, trainer.num_held_out = bench.sliced(held_out), num_batches
         return trainer
+
+
+def _mix(config: FinetuneConfig, settings: Settings) -> Mix | None:
+    return read_mix(settings.locate(config.data.path)) if config.train.mix else None

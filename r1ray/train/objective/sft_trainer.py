@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from r1ray.errors import UnsupportedModel
 from r1ray.train.feed import Feed
 from r1ray.train.loss import add_supervised_loss, has_plain_head
 from r1ray.train.objective.base import Bench
@@ -42,7 +43,9 @@ class SupervisedTrainer(PacedTrainer, SFTTrainer):
         plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
         self._is_compact = has_plain_head(plain) and not self.aux_loss_enabled
         if self._is_compact:
-            add_supervised_loss(plain)
+            add_supervised_loss(plain, arguments.label_smoothing_factor)
+        elif arguments.label_smoothing_factor:
+            raise UnsupportedModel(f"{type(plain).__name__} scales its logits or balances experts: set train.label_smoothing=0 for it.")
         else:
             _log.info("loss by TRL's fused head, because %s scales its logits or balances experts", type(plain).__name__)
 
@@ -55,8 +58,11 @@ class SupervisedTrainer(PacedTrainer, SFTTrainer):
 
 
 def sft_arguments(bench: Bench) -> SFTConfig:
+    config = bench.order.config
     return SFTConfig(
         **bench.arguments(),
+        label_smoothing_factor=config.label_smoothing,
+        neftune_noise_alpha=config.neftune_alpha,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
