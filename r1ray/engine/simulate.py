@@ -24,6 +24,7 @@ from r1ray.errors import InvalidValue
 
 __all__ = ["Limits", "Outcome", "Sample", "StepCost", "StepTime", "Trace", "fit", "lengths", "poisson", "read_trace", "simulate"]
 
+REWEIGHTED = 5
 SPREAD = 0.6  # sigma of the log-normal that `~512` stands for: the 90th percentile is twice the median
 
 
@@ -62,7 +63,9 @@ class Sample:
 
 
 def fit(samples: Sequence[Sample]) -> StepCost:
-    """Least squares on relative errors, no cost below zero.
+    """Least squares on errors relative to what is expected, no cost below zero.
+
+    Relative to what was measured they would count a slow sample for less than a quick one, and noise would make every cost too small.
 
     Raises:
         InvalidValue: fewer samples than unknowns, or a step that took no time.
@@ -70,16 +73,27 @@ def fit(samples: Sequence[Sample]) -> StepCost:
     if len(samples) < 4 or any(sample.seconds <= 0 for sample in samples):
         raise InvalidValue(f"A step cost has 4 unknowns; {len(samples)} samples, all longer than 0 s, are too few. Measure more steps.")
     seconds = np.array([sample.seconds for sample in samples])
-    parts = np.array([(s.steps, s.prefill_tokens, s.rows, s.context_tokens) for s in samples], dtype=float) / seconds[:, None]
-    used = list(range(4))
+    parts = np.array([(s.steps, s.prefill_tokens, s.rows, s.context_tokens) for s in samples], dtype=float)
+    expected = seconds
+    for _ in range(REWEIGHTED):
+        costs = _least_squares(parts / expected[:, None], seconds / expected)
+        expected = np.maximum(parts @ costs, 0.1 * seconds)
+    fixed, per_prefill_token, per_row, per_context_token = map(float, costs)
+    return StepCost(fixed=fixed, per_prefill_token=per_prefill_token, per_row=per_row, per_context_token=per_context_token)
+
+
+def _least_squares(parts: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Costs of the parts; one that would be negative is left out."""
+    used = list(range(parts.shape[1]))
     while True:
         scale = np.maximum(np.abs(parts[:, used]).max(axis=0), 1e-30)
-        solved = np.linalg.lstsq(parts[:, used] / scale, np.ones(len(samples)), rcond=None)[0] / scale
+        solved = np.linalg.lstsq(parts[:, used] / scale, wanted, rcond=None)[0] / scale
         if (solved >= 0).all():
             break
         used.pop(int(np.argmin(solved * scale)))
-    costs = dict.fromkeys(range(4), 0.0) | dict(zip(used, map(float, solved), strict=True))
-    return StepCost(fixed=costs[0], per_prefill_token=costs[1], per_row=costs[2], per_context_token=costs[3])
+    costs = np.zeros(parts.shape[1])
+    costs[used] = solved
+    return costs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

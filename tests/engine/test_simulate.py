@@ -141,6 +141,19 @@ def test_fit_finds_the_costs_that_made_the_samples():
     assert (found.per_row, found.per_context_token) == pytest.approx((COST.per_row, COST.per_context_token), rel=0.15)
 
 
+def test_noise_makes_no_cost_smaller():
+    """Step times of a busy machine: most are quick, some take several times as long. What counts for waiting is their mean."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for _ in range(4000):
+        rows, prefill = int(rng.integers(1, 9)), int(rng.integers(0, 3) * 80)
+        exact = COST.seconds(prefill, rows, rows * 100)
+        samples.append(Sample(seconds=exact * rng.gamma(4, 1 / 4), rows=rows, prefill_tokens=prefill, context_tokens=rows * 100))
+    found = fit(samples)
+    for rows, prefill in ((1, 0), (8, 0), (4, 160)):
+        assert found.seconds(prefill, rows, rows * 100) == pytest.approx(COST.seconds(prefill, rows, rows * 100), rel=0.05)
+
+
 def test_fit_gives_no_negative_cost():
     samples = [Sample(seconds=0.1 - 0.001 * rows, rows=rows, context_tokens=100 * rows, prefill_tokens=rows % 3) for rows in range(1, 9)]
     found = fit(samples)
