@@ -134,6 +134,8 @@ def build_stages(
         activation_checkpoint_interval=1 if checkpointing else 0,
         activation_checkpoint_func=_checkpoint,
     )
+    for parameter in module.parameters():  # else, without ZeRO, the norm that gradients are clipped to would be the first stage's alone
+        parameter.model_parallel = not parameter.ds_pipe_replicated
     matrix = body.embed_tokens if is_tied else causal.lm_head
     return Stages(module=module, model=model, is_tied=is_tied, loss=lambda hidden, labels: _summed(matrix, hidden, labels))
 

@@ -55,6 +55,12 @@ def test_pipeline_parallel_learns_as_one_worker_does(train, alone, model, stage)
     assert found == pytest.approx(alone(model), rel=1e-4)
 
 
+@pytest.mark.parametrize("split", ["tensor", "pipeline", "sequence"])
+def test_llama_learns_in_parts_too(train, alone, split) -> None:
+    found = losses(train("llama", f"train.parallelism.{split}=2", "train.zero_stage=1"))
+    assert found == pytest.approx(alone("llama"), rel=1e-4)
+
+
 LORA = ("train.method=lora", "train.lora.targets=null", "train.learning_rate=2e-2")
 
 
