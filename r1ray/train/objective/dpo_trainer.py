@@ -80,7 +80,7 @@ class PreferenceTrainer(PairTrainer, DPOTrainer):
             return outputs[-1]
 
         with self.untold():
-            loss = self._compute_loss(remembered, inputs, return_outputs=False)
+            loss: torch.Tensor = self._compute_loss(remembered, inputs, return_outputs=False)
         chosen, rejected = _summed(outputs[0], inputs)
         if self.sft_weight:
             answered, _ = inputs["completion_mask"][:, 1:].sum(1).chunk(2)
