@@ -31,7 +31,7 @@ from r1ray.model.importer import import_model  # noqa: E402
 from r1ray.registry import Registry  # noqa: E402
 from r1ray.settings import Settings  # noqa: E402
 from r1ray.train import checkpoint  # noqa: E402
-from r1ray.train.progress import FILE, curve  # noqa: E402
+from r1ray.train.progress import FILE  # noqa: E402
 
 SHAPE = {"num_workers": [1, 2], "dtype": "float32", "batch_size": 32, "micro_batch_size": 8, "learning_rate": 1e-3, "num_epochs": 9}
 SAVING = {"checkpoint_every_steps": 4, "checkpoint_every_seconds": None, "num_checkpoints": 100, "threads_per_worker": 1, "max_failures": 1}
@@ -78,12 +78,11 @@ def grow_and_shrink(nodes: Cluster, witness: Witness) -> None:
 
 def drain(nodes: Cluster, witness: Witness) -> None:
     second = nodes.add_node(num_cpus=1)
-    witness.wait("two workers train", lambda: (4, 2) in witness.saved())
-    announced = len(curve(witness.directory))
+    witness.wait("two workers train", lambda: (20, 2) in witness.saved())
     command = ["drain-node", "--address", nodes.address, "--node-id", second.node_id, "--deadline-remaining-seconds", "6"]
     why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
     subprocess.run([str(Path(sys.executable).with_name("ray")), *command, *why], check=True, capture_output=True)
-    witness.wait("saved off the beat", lambda: any(step >= announced and step % 4 for step, _ in witness.saved()))
+    witness.wait("saved off the beat", lambda: any(step % 20 for step, _ in witness.saved()))
     time.sleep(6)
     nodes.remove_node(second, allow_graceful=False)
 
@@ -123,6 +122,6 @@ def main(model: Path, scenario: Callable[[Cluster, Witness], None], more: dict[s
 
 if __name__ == "__main__":
     if sys.argv[2] == "drain":
-        main(Path(sys.argv[1]), drain, {"max_steps": 60, "max_failures": 0})
+        main(Path(sys.argv[1]), drain, {"max_steps": 80, "max_failures": 0, "checkpoint_every_steps": 20})
     else:
         main(Path(sys.argv[1]), grow_and_shrink, {"max_steps": 120})

@@ -46,9 +46,9 @@ def test_a_batch_that_does_not_fit_is_taken_in_smaller_passes_from_the_last_chec
     settings = ray_cluster.settings.model_copy(update={"home": tmp_path / "home"})
     registry = Registry(settings)
     base = import_model(str(tiny_llama), name="tiny-llama", registry=registry)
-    rows = [{"text": "card " * (380 if n % 2 else 3), "label": "lost"} for n in range(96)]
+    rows = [{"text": "card " * (380 if n % 2 else 3), "label": "lost"} for n in range(192)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shape = ["batch_size=48", "micro_batch_size=48", "group_window=2", "max_length=500", "dtype=float32", "checkpoint_every_steps=1"]
+    shape = ["batch_size=96", "micro_batch_size=96", "group_window=2", "max_length=500", "dtype=float32", "checkpoint_every_steps=1"]
     overrides = ["base=tiny-llama", f"data.path={tmp_path / 'rows.jsonl'}", *(f"train.{item}" for item in shape)]
     objective = objective_of("sft")
     wanted = load_config(FinetuneConfig, None, overrides)
@@ -63,13 +63,13 @@ def test_a_batch_that_does_not_fit_is_taken_in_smaller_passes_from_the_last_chec
     outcome = fit(order, callbacks=[SmallMemory()], say=told.append)
     assert outcome["step"] == 2
     chosen = [line for line in told if "from here on" in line]
-    assert chosen and "ran out of memory in step 2, with 48 dialogues per forward pass" in chosen[0]
+    assert chosen and "ran out of memory in step 2, with 96 dialogues per forward pass" in chosen[0]
     assert [json.loads(line)["step"] for line in (directory / FILE).read_text().splitlines()] == [1, 2], "step 1 was not trained twice"
     state = runs.load(directory)
-    assert state is not None and state.micro_batch_size in (24, 12, 6)
+    assert state is not None and state.micro_batch_size in (48, 24, 12)
     told.clear()
     resolve_order(of(wanted, seed), base, material, directory, settings, told.append)
-    assert "instead of 48, because the run ran out of memory before" in told[0]
+    assert "instead of 96, because the run ran out of memory before" in told[0]
 
 
 def of(wanted: FinetuneConfig, seed: int):
