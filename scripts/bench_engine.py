@@ -42,6 +42,8 @@ from r1ray.settings import Settings  # noqa: E402
 from r1ray.types import Artifact, Sampling  # noqa: E402
 
 PEER_TIMEOUT_S = 1200
+OURS = ("bfloat16", "int8", "int4")
+PRODUCTS = ("qkv", "output", "gate_up", "down", "head")
 console = Console()
 
 
@@ -160,33 +162,77 @@ def shared_prefix(artifact: Artifact, precision: str) -> dict[str, float]:
     return {"miss_ms": min(misses), "hit_ms": min(hits), "start_s": start_s}
 
 
-def step_profile(artifact: Artifact, precision: str, concurrency: int) -> dict[str, float]:
-    """Milliseconds of one decode step at 256 positions: the whole step of the engine, and the parts of the backend's pass."""
-    import torch
+def pass_profile(artifact: Artifact, precision: str, num_streams: int, num_prompt: int) -> dict[str, float]:
+    """Milliseconds of one pass, its parts, and those that are products of matrices: what is left when all else costs nothing.
 
+    A decode step of `num_streams` at 256 positions, or, where `num_prompt` is not 0, so many prompt tokens of each.
+    """
     from r1ray.engine.backend import Piece
     from r1ray.engine.create import create_engine
-    from r1ray.engine.sampler import sample
-    from r1ray.engine.scheduler import Stream
 
-    torch.set_num_threads(os.cpu_count() or 1)
-    engine: Any = create_engine(artifact, EngineConfig(num_slots=concurrency, max_context=512, dtype=precision), Registry())  # type: ignore[arg-type]
-    backend, tables = engine._backend, [list(range(9 * s, 9 * s + 9)) for s in range(concurrency)]
-    backend.forward([Piece(ids=list(range(256)), start=0, table=table, num_logits=0) for table in tables])
-    streams = [Stream(request, None, 64, frozenset()) for request in requests([[1]] * concurrency, 64)]  # type: ignore[arg-type]
-    best: dict[str, float] = {"pass": 1e9, "draw": 1e9}
-    if hasattr(backend, "profile"):
-        backend.profile()  # forgets the prompts
-    for _ in range(20):
+    engine: Any = create_engine(artifact, EngineConfig(num_slots=num_streams, max_context=512, dtype=precision), Registry())  # type: ignore[arg-type]
+    backend, tables = engine.backend, [list(range(9 * s, 9 * s + 9)) for s in range(num_streams)]
+    if num_prompt:
+        pieces = [Piece(ids=list(range(num_prompt)), start=0, table=table, num_logits=1) for table in tables]
+    else:
+        backend.forward([Piece(ids=list(range(256)), start=0, table=table, num_logits=0) for table in tables])
         pieces = [Piece(ids=[7], start=256, table=table, num_logits=1) for table in tables]
+    best, shares = 1e9, {}
+    for _ in range(5 if num_prompt else 20):
+        backend.profile()  # forgets what was
         begin = time.perf_counter()
-        logits = backend.forward(pieces)
-        middle = time.perf_counter()
-        sample(logits, streams)
-        best = {"pass": min(best["pass"], middle - begin), "draw": min(best["draw"], time.perf_counter() - middle)}
-    shares = backend.profile() if hasattr(backend, "profile") else {}
-    parts = {part: 1000 * best["pass"] * share for part, share in shares.items()}
-    return {"pass_ms": 1000 * best["pass"], "draw_ms": 1000 * best["draw"], **parts}
+        backend.forward(pieces)
+        if (took := time.perf_counter() - begin) < best:
+            best, shares = took, backend.profile()
+    parts = {part: 1000 * best * share for part, share in shares.items()}
+    return {"pass": 1000 * best, "products": sum(parts[part] for part in PRODUCTS), **parts}
+
+
+def step_profile(artifact: Artifact, precision: str, num_streams: int) -> dict[str, float]:
+    """Milliseconds of a running engine's decode steps (the median of each part): what it spends around the backend's pass.
+
+    plan: the scheduler. draw: the sampler. book: tokens to streams and chunks to mailboxes. between: from one step to the next, the
+    event loop that takes the chunks included, since one interpreter runs both.
+    """
+    from statistics import median
+
+    from r1ray.engine import batching
+    from r1ray.engine.create import create_engine
+    from r1ray.engine.offline import generate_all
+
+    engine: Any = create_engine(artifact, EngineConfig(num_slots=num_streams, max_context=512, dtype=precision), Registry())  # type: ignore[arg-type]
+    spent: dict[str, float] = {}
+    steps: list[dict[str, float]] = []
+
+    def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*arguments: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return call(*arguments)
+            finally:
+                spent[part] = spent.get(part, 0.0) + time.perf_counter() - begin
+
+        return wrapper
+
+    def step(call: Callable[[], None] = engine._step) -> None:
+        num_before, begin = engine._counts["generated"], time.perf_counter()
+        previous = spent.pop("end", begin)
+        spent.clear()
+        call()
+        end = time.perf_counter()
+        if engine._counts["generated"] - num_before == num_streams:
+            known = sum(spent.values())
+            steps.append({"step": end - previous, **spent, "book": end - begin - known, "between": begin - previous})
+        spent["end"] = end
+
+    scheduler = engine._scheduler
+    scheduler.plan, scheduler.computed = timed("plan", scheduler.plan), timed("plan", scheduler.computed)
+    engine.backend.submit = timed("pass", engine.backend.submit)
+    batching.sample = timed("draw", batching.sample)
+    engine._step = step
+    generate_all(engine, requests(prompts(num_streams, 0), NUM_NEW))
+    decoding = steps[len(steps) // 4 :]  # the first may have prompts beside them
+    return {part: 1000 * median(step[part] for step in decoding) for part in ("step", "pass", "plan", "draw", "book", "between")}
 
 
 def in_own_environment(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -258,10 +304,24 @@ def show(rows: list[Row]) -> None:
     console.print(table)
 
 
+def profile(artifact: Artifact) -> dict[str, dict[str, float]]:
+    """Where a step's time goes, in milliseconds."""
+    found: dict[str, dict[str, float]] = {}
+    for precision in OURS:
+        for name, num_streams, num_prompt in (("decode x1", 1, 0), ("decode x32", 32, 0), ("prefill 4 x 128", 4, 128)):
+            found[f"{precision}, {name}"] = alone(pass_profile, artifact, precision, num_streams, num_prompt)
+        for num_streams in (1, 32):
+            found[f"{precision}, engine x{num_streams}"] = alone(step_profile, artifact, precision, num_streams)
+    for name, parts in found.items():
+        console.print(f"{name}: " + ", ".join(f"{part} {ms:.2f}" for part, ms in parts.items()) + " ms", style="dim")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ours-only", action="store_true", help="leave the peers out")
     parser.add_argument("--onnx-only", action="store_true", help="only ONNX Runtime: under our engine and under its own")
+    parser.add_argument("--profile-only", action="store_true", help="only where the time of our steps goes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
     parser.add_argument("--repeats", type=int, default=2, help="measurements per row after the warm-up; the fastest counts")
     arguments = parser.parse_args()
@@ -269,12 +329,15 @@ def main() -> None:
 
     artifact = import_model("smollm2", registry=Registry())
     console.print(machine())
+    if arguments.profile_only:
+        profile(artifact)
+        return
     if arguments.onnx_only:
         show(onnx_rows(artifact, arguments.repeats))
         return
     rows: list[Row] = []
     for concurrency in CONCURRENCIES:
-        kinds = [(ours, "bfloat16"), (ours, "int8"), *([] if arguments.ours_only else [(transformers_generate, "bfloat16")])]
+        kinds = [*((ours, precision) for precision in OURS), *([] if arguments.ours_only else [(transformers_generate, "bfloat16")])]
         for measure, precision in kinds:
             rows.append(alone(measure, artifact, precision, concurrency, arguments.repeats))
             console.print(
@@ -283,18 +346,14 @@ def main() -> None:
     if not arguments.ours_only:
         rows += onnx_rows(artifact, arguments.repeats) + peers(artifact, arguments.repeats)
     show(rows)
-    prefix = {precision: alone(shared_prefix, artifact, precision) for precision in ("bfloat16", "int8")}
+    prefix = {precision: alone(shared_prefix, artifact, precision) for precision in OURS}
     for precision, times in prefix.items():
         ratio = times["hit_ms"] / times["miss_ms"]
         console.print(
             f"{precision}: start-up {times['start_s']:.1f} s; first token after 1024 shared tokens: {times['miss_ms']:.0f} ms new, "
             f"{times['hit_ms']:.0f} ms cached ({ratio:.2f}x)"
         )
-    profiles = {
-        f"{precision} x{num}": alone(step_profile, artifact, precision, num) for precision in ("bfloat16", "int8") for num in (1, 32)
-    }
-    for name, parts in profiles.items():
-        console.print(f"decode step {name}: " + ", ".join(f"{part} {ms:.2f}" for part, ms in parts.items()) + " ms", style="dim")
+    profiles = profile(artifact)
     if arguments.json:
         report = {"machine": machine(), "rows": [asdict(row) for row in rows], "prefix": prefix, "profiles": profiles}
         arguments.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
