@@ -253,7 +253,7 @@ def peer(script: str, *arguments: str) -> list[Row]:
 
 
 def onnx_rows(artifact: Artifact, repeats: int) -> list[Row]:
-    """onnxruntime-genai and our engine on one export, by turns of all concurrencies."""
+    """Our engine and onnxruntime-genai on one export."""
     from r1ray.compress.config import ExportOnnxConfig
     from r1ray.compress.graph import build_graph
 
@@ -264,8 +264,11 @@ def onnx_rows(artifact: Artifact, repeats: int) -> list[Row]:
         staged.mkdir(parents=True)
         build_graph(artifact.path, staged, ExportOnnxConfig(model=artifact.ref, precision="int8"))
         staged.rename(exported)
-    mine = [alone(ours_on_onnx, exported, "int8", concurrency, repeats) for concurrency in CONCURRENCIES]
-    return [*mine, *(peer("run_onnxruntime.py", str(exported), str(repeats)) if shutil.which("uv") else [])]
+    rows: list[Row] = []
+    for concurrency in CONCURRENCIES:
+        rows.append(alone(ours_on_onnx, exported, "int8", concurrency, repeats))
+        console.print(f"{rows[-1].engine}, {concurrency} streams: {rows[-1].tokens_per_s:.0f} tokens/s", style="dim")
+    return [*rows, *(peer("run_onnxruntime.py", str(exported), str(repeats)) if shutil.which("uv") else [])]
 
 
 def peers(artifact: Artifact, repeats: int) -> list[Row]:
