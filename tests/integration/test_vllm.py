@@ -22,7 +22,7 @@ import pytest
 
 from r1ray.engine.config import EngineConfig, VllmConfig
 from r1ray.engine.protocol import Engine, GenerationRequest, TokenChunk
-from r1ray.errors import AdapterMismatch, EngineStopped, InvalidRequest, PromptTooLong, QueueFull, R1RayError, UnknownAdapter
+from r1ray.errors import AdapterMismatch, EngineStopped, InvalidRequest, InvalidValue, PromptTooLong, QueueFull, R1RayError, UnknownAdapter
 from r1ray.types import Artifact, Sampling
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
@@ -366,8 +366,26 @@ def test_tensor_parallel_workers_answer_alike_and_their_death_is_an_error_for_ev
         asyncio.run(engine.stop())
 
 
+def test_pipeline_stages_answer_alike(ray_cluster, tiny_llama: Path, tmp_path: Path) -> None:
+    model = lively(tiny_llama, tmp_path / "llama")
+    with pytest.raises(InvalidValue, match=r"eager=false"):
+        start(ray_cluster, model, "staged-llama", settings={"stages": 2})
+    engine = start(ray_cluster, model, "staged-llama", settings={"stages": 2}, eager=False)
+    try:
+        assert asyncio.run(tokens(engine, request("answer"))) == greedy(model, PROMPT, 12)
+    finally:
+        asyncio.run(engine.stop())
+
+
+def vllm_pids() -> set[int]:
+    from ray.util.state import list_actors
+
+    return {actor.pid for actor in list_actors(filters=[("state", "=", "ALIVE"), ("class_name", "=", "VllmWorker")])}
+
+
 def test_one_line_of_yaml_serves_a_model_on_vllm(ray_cluster, tiny_llama: Path, tmp_path: Path) -> None:
-    """Behind real Serve, in a replica's placement group, and an adapter's version: vLLM puts it on its base."""
+    """Behind real Serve, in a replica's placement group, an adapter's version on its base; killed while idle, the replica is rebuilt."""
+    import psutil
     import ray
     from ray import serve
     from transformers import AutoTokenizer
@@ -387,14 +405,26 @@ def test_one_line_of_yaml_serves_a_model_on_vllm(ray_cluster, tiny_llama: Path, 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
+    others = vllm_pids()
     try:
         serve.run(build(AppArgs.model_validate({"models": [model]})), name="vllm", route_prefix="/")
         body = {"model": "tiny", "prompt": list(PROMPT), "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-        answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=120).json()
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        answer = httpx.post(url, json=body, timeout=120).json()
         assert answer["usage"] == answer["usage"] | {"prompt_tokens": len(PROMPT), "completion_tokens": 8}
         expected = AutoTokenizer.from_pretrained(tiny_llama).decode(greedy(base.path, PROMPT, 8, own), skip_special_tokens=True)
+        assert greedy(base.path, PROMPT, 8) != greedy(base.path, PROMPT, 8, own)
         assert answer["choices"][0]["text"] == expected
         groups = [group for group in ray.util.placement_group_table().values() if group["state"] == "CREATED"]
         assert [list(group["bundles"].values()) for group in groups] == [[{"CPU": 0.2}, {"CPU": 0.5}]]
+        (pid,) = vllm_pids() - others
+        below = psutil.Process(pid).children(recursive=True)
+        psutil.Process(pid).kill()
+        deadline = time.monotonic() + 150
+        while not vllm_pids() - others - {pid} or httpx.post(url, json=body, timeout=120).status_code != 200:
+            assert time.monotonic() < deadline, "the replica was not rebuilt"
+            time.sleep(0.5)
+        assert httpx.post(url, json=body, timeout=120).json()["choices"][0]["text"] == expected
+        assert psutil.wait_procs(below, timeout=20)[1] == [], "vLLM's processes outlived their actor"
     finally:
         serve.shutdown()

@@ -14,6 +14,7 @@ from r1ray.engine.vllm.arguments import Order, engine_arguments
 from r1ray.engine.vllm.engine import VllmEngine, adapter_rank
 from r1ray.engine.vllm.environment import find_environment
 from r1ray.engine.vllm.launch import launch
+from r1ray.errors import InvalidValue
 from r1ray.types import Artifact
 
 if TYPE_CHECKING:
@@ -28,10 +29,17 @@ def create_vllm(artifact: Artifact, config: EngineConfig, *, base: Path, shape: 
     """vLLM reads `base` itself, which its node must see under the same path; an adapter lies beside it, unmerged.
 
     Raises:
-        InvalidValue, AdapterMismatch, ClusterTooSmall, EngineStopped: as find_environment, adapter_rank and launch.
+        InvalidValue, AdapterMismatch, ClusterTooSmall, EngineStopped: as find_environment, adapter_rank and launch; stages without
+            compilation on CPUs.
     """
     environment = find_environment(config.vllm, wants_gpus=config.stage_gpus > 0)
     own = artifact.path if artifact.manifest.kind == "adapter" else None
+    uncompiled = config.vllm.eager or config.vllm.max_adapters > 0 or own is not None
+    if environment.device == "cpu" and config.stages > 1 and uncompiled:
+        raise InvalidValue(
+            f"engine.stages={config.stages} with vllm.eager or adapters: on CPUs vLLM 0.32 makes their buffers in its compiled warm-up "
+            "and dies without it. Set engine.vllm.eager=false and max_adapters=0, or engine.stages=1."
+        )
     context = min(config.max_context or artifact.manifest.context_length, artifact.manifest.context_length)
     arguments = engine_arguments(
         config,
