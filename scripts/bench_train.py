@@ -1,0 +1,170 @@
+"""Step time and memory of training on Ray + DeepSpeed against plain torch DDP and DeepSpeed's bare loop, in one run.
+
+    scripts/bench train [--json FILE] [--rows lora,full,scaling] [--steps 8]
+
+SmolLM2-135M in bfloat16 on the bank demo's dialogues, 2 workers of one compute thread each, the same batches and the same loss for all.
+`ours` is what jobs/finetune.py runs: Ray Train, TRL's trainer, DeepSpeed ZeRO-2, float32 masters, progress and reports. `ddp` has no
+masters and does less. `deepspeed` is the same configuration in a bare loop, so ours / deepspeed is the share of Ray and TRL. `scaling` is one
+worker against two, one thread each. A figure is the median step without the first two; memory is the largest worker's peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from r1ray import cluster
+
+cluster.prepare_environment()
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
+
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from r1ray.config import load_config  # noqa: E402
+from r1ray.settings import Settings  # noqa: E402
+from r1ray.train.config import FinetuneConfig  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent))
+from bench_plan import largest_resident  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+WARM_UP = 2
+WANTED = {"lora": 1.05, "full": 1.35}
+RAY_SHARE = 1.05
+SCALING = 1.8
+console = Console()
+console = console if console.is_terminal else Console(width=120)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One training: `step_s` is the median, `tokens_per_s` of those steps, `peak_mb` of the largest worker."""
+
+    method: str
+    what: str
+    workers: int
+    step_s: float
+    tokens_per_s: float
+    peak_mb: float
+
+
+def ordered(method: str, workers: int, steps: int, settings: Settings) -> Any:
+    from r1ray.data.demo import write_demo
+    from r1ray.model.importer import import_model
+    from r1ray.registry import Registry
+    from r1ray.train.objective import objective_of
+    from r1ray.train.order import resolve_order
+
+    base = import_model("smollm2", registry=Registry(Settings()))  # the user's own registry: converting the GGUF file takes a minute
+    demo = settings.home / "demo"
+    if not demo.exists():
+        write_demo(demo)
+    train = {"num_workers": workers, "threads_per_worker": 1, "method": method, "max_steps": steps, "batch_size": 8, "micro_batch_size": 4}
+    rest = {"dtype": "bfloat16", "checkpoint_every_seconds": "null", "log_every_steps": 2, "max_failures": 0, "learning_rate": 2e-4}
+    changes = [f"train.{key}={value}" for key, value in {**train, **rest}.items()]
+    config = load_config(FinetuneConfig, None, ["name=bench", f"data.path={demo / 'train.parquet'}", *changes])
+    objective = objective_of("sft")
+    material = objective.prepare(objective.read(config), base, config, settings)
+    directory = settings.checkpoints / f"{method}-{workers}"
+    directory.mkdir(parents=True)
+    return resolve_order(config.train, base, material, directory, settings, lambda _: None)
+
+
+def ours(order: Any) -> Row:
+    from r1ray.train.fit import fit
+    from r1ray.train.progress import curve
+
+    stop, found = threading.Event(), [0]
+    watcher = threading.Thread(target=largest_resident, args=(stop, found), daemon=True)
+    watcher.start()
+    fit(order)
+    stop.set()
+    watcher.join()
+    steps = curve(order.run_directory)
+    return row(order, "ours", [step.seconds for step in steps], [step.tokens for step in steps], max(found))
+
+
+def peer(order: Any, framework: str, folder: Path) -> Row:
+    """Both ranks on this machine, as torchrun would start them."""
+    (folder / "order").write_bytes(pickle.dumps(order))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world = order.config.max_workers
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+    command = [sys.executable, str(ROOT / "scripts/peers/train_loop.py"), framework, str(folder / "order"), str(folder / "figures")]
+    ranks = [
+        subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.DEVNULL)
+        for rank in range(world)
+    ]
+    if any(rank.wait() for rank in ranks):
+        raise SystemExit(f"{framework} failed; its own words are above")
+    figures = json.loads((folder / "figures").read_text())
+    return row(order, framework, figures["seconds"], figures["tokens"], figures["peak"])
+
+
+def row(order: Any, what: str, seconds: list[float], tokens: list[int], peak: int) -> Row:
+    kept, of_them = seconds[WARM_UP:], tokens[WARM_UP:]
+    config = order.config
+    return Row(config.method, what, config.max_workers, statistics.median(kept), sum(of_them) / sum(kept), peak / 2**20)
+
+
+def show(rows: list[Row]) -> None:
+    table = Table("method", "what", "workers", "s per step", "tokens/s", "peak MB", "ratio", "wanted")
+    by = {(each.method, each.what, each.workers): each for each in rows}
+    for each in rows:
+        ratio = wanted = ""
+        against = by.get((each.method, "ours", 2))
+        if each.what != "ours" and against is not None:
+            limit = WANTED[each.method] if each.what == "ddp" else RAY_SHARE
+            value = against.step_s / each.step_s
+            ratio, wanted = f"ours {value:.2f}x", f"at most {limit:.2f}x{'' if value <= limit else '  MISSED'}"
+        elif each.workers == 1 and against is not None:
+            value = each.step_s / against.step_s
+            ratio, wanted = f"2 workers {value:.2f}x faster", f"at least {SCALING:.1f}x{'' if value >= SCALING else '  MISSED'}"
+        figures = f"{each.step_s:.3f}", f"{each.tokens_per_s:.0f}", f"{each.peak_mb:.0f}"
+        table.add_row(each.method, each.what, str(each.workers), *figures, ratio, wanted)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    parser.add_argument("--rows", default="lora,full,scaling", help="comma-separated parts")
+    parser.add_argument("--steps", type=int, default=8)
+    arguments = parser.parse_args()
+    parts = arguments.rows.split(",")
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="r1ray-train-") as folder:
+        settings = Settings(home=Path(folder))
+        for method in ("lora", "full"):
+            if method in parts:
+                order = ordered(method, 2, arguments.steps, settings)
+                rows += [peer(order, "ddp", Path(folder)), ours(order), peer(order, "deepspeed", Path(folder))]
+        if "scaling" in parts:
+            rows.append(ours(ordered("lora", 1, arguments.steps, settings)))
+    show(rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(each) for each in rows], indent=1))
+
+
+if __name__ == "__main__":
+    main()
