@@ -4,8 +4,8 @@
 
 SmolLM2-135M in bfloat16 on the bank demo's dialogues, 2 workers of one compute thread each, the same batches and the same loss for all.
 `ours` is what jobs/finetune.py runs: Ray Train, TRL's trainer, DeepSpeed ZeRO-2, float32 masters, progress and reports. `ddp` has no
-masters and does less. `deepspeed` is the same configuration in a bare loop, so ours / deepspeed is the share of Ray and TRL. `scaling` is one
-worker against two, one thread each. A figure is the median step without the first two; memory is the largest worker's peak.
+masters and does less. `deepspeed` is the same configuration in a bare loop, so ours / deepspeed is the share of Ray and TRL. `scaling` is
+one worker against two, one thread each. A figure is the median step without the first two; memory is the largest worker's peak.
 """
 
 from __future__ import annotations

@@ -99,11 +99,12 @@ def _train(config: FinetuneConfig, order: WorkOrder, data_hash: str, registry: R
         _say(f"starting {config.train.max_workers} workers (each loads torch and the base, about 10 s)")
         started = time.monotonic()
         with Follower(order.run_directory, on_steps, every=config.train.log_every_steps):
-            fit(order, say=_say)
+            summary = fit(order, say=_say)
         steps = curve(order.run_directory)
         _say(f"loss {sparkline([step.loss for step in steps])}")
         tracked.log_artifact(draw(steps, order.run_directory / "learning_curve.png"))
         metrics = _metrics(order, time.monotonic() - started)
+        metrics |= {"peak_memory_mb": float(summary["peak_memory_mb"])} if "peak_memory_mb" in summary else {}
         metrics |= objective_of(config.train.objective).closing(order.run_directory, _say)
         best, standing = _best_checkpoint(order)
         if standing.best_loss is not None:

@@ -83,7 +83,7 @@ class Attempt:
             raise
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
-        return {"step": trainer.state.global_step, "elapsed_s": trainer.schedule.elapsed_s}
+        return {"step": trainer.state.global_step, "elapsed_s": trainer.schedule.elapsed_s, "peak_memory_mb": _peak_mb()}
 
     def _out_of_memory(self, error: BaseException, trainer: PacedTrainer) -> OutOfMemory:
         """`in_step`: it came with a batch, so fewer rows at a time may fit."""
@@ -182,6 +182,17 @@ def _check_stage(directory: Path, meta: checkpoint.Meta, zero_stage: int) -> Non
             f"{directory} was written at ZeRO stage {meta.zero_stage}; this job has stage {zero_stage}. Set "
             f"train.zero_stage={meta.zero_stage} to resume, or train.restart=true to start over."
         )
+
+
+def _peak_mb() -> float:
+    """Most memory that this worker has held: the GPU's where there is one, else the process's."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def _quieten() -> None:
