@@ -86,6 +86,7 @@ def _split_adapted(name: str, adapted: Any, group: Any) -> None:
     from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
 
     leaf = name.rpartition(".")[2]
+    adapted.replaced = True  # AutoTP's own mark: leave it
     set_autotp_mode(training=True)
     if leaf in COLUMNS:
         adapted.base_layer = LinearLayer(adapted.base_layer, group, name=f"{name}.base_layer")
