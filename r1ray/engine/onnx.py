@@ -85,7 +85,8 @@ class OnnxBackend(Immediate):
         decoding = sorted((number for number, piece in enumerate(pieces) if len(piece.ids) == 1), key=lambda number: places[number])
         if decoding:
             found = self._run([pieces[number] for number in decoding], 0)
-            parts |= zip((number for number in decoding if pieces[number].num_logits), found.split(1), strict=True)
+            asked = [number for number in decoding if pieces[number].num_logits]
+            parts = {number: found[row : row + 1] for row, number in enumerate(asked)}
         for number, piece in enumerate(pieces):
             if len(piece.ids) > 1:
                 parts[number] = self._run([piece], places[number])

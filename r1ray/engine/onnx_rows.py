@@ -81,8 +81,8 @@ class Rows:
         singles = [(piece, row) for piece, row in zip(pieces, places, strict=True) if len(piece.ids) == 1]
         if singles:
             at = torch.tensor([[piece.table[piece.start // BLOCK_SIZE], piece.start, row] for piece, row in singles], device=self._device)
-            block, position, row_N = at.unbind(1)
-            self._blocks[block, :, :, position % BLOCK_SIZE] = self.tensor[:, row_N, :, position]
+            block_N, position_N, row_N = at.unbind(1)
+            self._blocks[block_N, :, :, position_N % BLOCK_SIZE] = self.tensor[:, row_N, :, position_N]
         for piece, row in zip(pieces, places, strict=True):
             if len(piece.ids) > 1:
                 for block, offset, begin, end in _parts(piece.table, piece.start, piece.start + len(piece.ids)):

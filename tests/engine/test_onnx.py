@@ -92,6 +92,21 @@ def test_every_piece_finds_all_that_came_before_it(seed, num_rows):
             streams.remove(stream)
 
 
+def test_a_pass_gives_the_logits_that_are_wanted_and_no_others(tiny_qwen2):
+    model = lively(tiny_qwen2)
+    backend, ids = kit.onnx_backend(model, num_blocks=8, num_rows=3), list(range(30, 70))
+
+    def piece(table: list[int], start: int, num: int, num_logits: int) -> Piece:
+        return Piece(ids=ids[start : start + num], start=start, table=table, num_logits=num_logits)
+
+    with torch.inference_mode():
+        right = model(torch.tensor([ids])).logits[0]
+        assert backend.forward([piece([0], 0, 1, 0)]).shape == (0, backend.vocab_size)
+        assert backend.forward([piece([0], 1, 1, 0), piece([1], 0, 5, 0)]).shape == (0, backend.vocab_size)
+        got = backend.forward([piece([0], 2, 1, 1), piece([1], 5, 1, 0), piece([2, 3], 0, 40, 3)])
+    assert torch.allclose(got, torch.cat([right[2:3], right[37:40]]), atol=1e-3)
+
+
 def test_a_client_that_leaves_frees_its_slot_and_the_next_has_right_tokens(tiny_llama, reference):
     async def scenario():
         async with running(lively(tiny_llama), backend="onnx", num_slots=1) as engine:
