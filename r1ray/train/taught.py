@@ -56,8 +56,8 @@ def taught_by(teacher: Artifact, loaded: Loaded, config: FinetuneConfig, setting
     taught = tuple(_answered(one, answers[one.id]) for one in asked if one.id in answers)
     if not taught:
         raise NothingToTrain(
-            f"{teacher.ref} finished none of {len(asked)} answers within train.distill.max_new_tokens={config.train.distill.max_new_tokens}. "
-            "Raise that, or choose another teacher."
+            f"{teacher.ref} finished none of {len(asked)} answers within train.distill.max_new_tokens="
+            f"{config.train.distill.max_new_tokens}. Raise that, or choose another teacher."
         )
     if len(taught) < len(loaded.conversations):
         _log.warning("%d of %d questions have no finished answer of %s", len(loaded.conversations) - len(taught), len(asked), teacher.ref)

@@ -123,6 +123,6 @@ class Objective(ABC):
     def trainer(self, bench: Bench) -> PacedTrainer:
         """The trainer of this rank, on the worker."""
 
-    def closing(self, run_directory: Path, say: Callable[[str], object]) -> dict[str, float]:
-        """What the finished run is measured by beside its loss, in the driver; told to `say` and kept with the version."""
+    def closing(self, _directory: Path, _say: Callable[[str], object]) -> dict[str, float]:
+        """What the finished run is measured by beside its loss, in the driver: from the run's directory, told to `say`, kept with the version."""
         return {}

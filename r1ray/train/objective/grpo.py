@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from r1ray.data.read import Loaded, read_conversations
 from r1ray.settings import Settings
+from r1ray.train import heldout
 from r1ray.train.objective.base import Bench, Objective
 from r1ray.train.order import plan_of
 from r1ray.train.prompts import PromptLimits, PromptSet, prepare_prompts
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Groups"]
 
-HELD_OUT = "held_out.json"  # in the run's directory: before and after -> mean per axis
 _log = logging.getLogger(__name__)
 
 
@@ -39,7 +38,6 @@ class Groups(Objective):
         return prepare_prompts(rows, base, config.data, limits, settings.cache)
 
     def trainer(self, bench: Bench) -> GroupTrainer:
-        from r1ray.model.template import read
         from r1ray.registry import Registry
         from r1ray.train.objective.grpo_feed import PromptFeed
         from r1ray.train.objective.grpo_trainer import GroupTrainer, grpo_arguments
@@ -64,26 +62,15 @@ class Groups(Objective):
         trainer = GroupTrainer(
             bench.model(),
             arguments,
-            order=order,
+            bench=bench,
             feed=feed,
-            schedule=bench.schedule,
-            tokenizer=bench.tokenizer(),
-            callbacks=bench.callbacks,
             scales=build_scales(order.config.grpo.rewards, Registry(order.settings)),
-            thinks=read(order.base).thinks,
         )
         if by_engine:
             trainer.answer_by(engine_for(order, feed.answers_per_rank))
-        trainer.judge_on(material.held_out(), order.run_directory / HELD_OUT)
+        trainer.judge_on(material.held_out(), order.run_directory)
         return trainer
 
     def closing(self, run_directory: Path, say: Callable[[str], object]) -> dict[str, float]:
         """Mean reward on the held-out prompts, before and after."""
-        path = run_directory / HELD_OUT
-        if not path.exists():
-            return {}
-        means: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
-        before, after = means.get("before", {}), means.get("after", {})
-        for name in after:
-            say(f"held out: {name} {before.get(name, float('nan')):.3f} -> {after[name]:.3f}")
-        return {f"held_out_{when}/{name}": value for when, values in means.items() for name, value in values.items()}
+        return heldout.told(run_directory, say)

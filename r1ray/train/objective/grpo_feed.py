@@ -60,7 +60,7 @@ class PromptFeed(Dataset[list[dict[str, Any]]]):
     def loader(self) -> DataLoader[list[dict[str, Any]]]:
         return DataLoader(self, batch_size=1, shuffle=False, collate_fn=_only)
 
-    def num_trained(self, step: int) -> int:
+    def num_trained(self, _: int) -> int:
         """Answers of all ranks."""
         return self.plan.batch_size * self.num_generations
 

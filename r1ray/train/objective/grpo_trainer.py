@@ -6,8 +6,6 @@ how a step's answers are parted into passes (by length, each cut to its own widt
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,24 +13,24 @@ from typing import Any
 import torch
 from accelerate.utils import gather
 from datasets import Dataset
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
+from transformers import GenerationConfig, PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
 from r1ray.engine.protocol import Engine
+from r1ray.model import template
 from r1ray.model.reasoning import OPEN, split
+from r1ray.train import heldout
+from r1ray.train.logprobs import add_answer_logprobs
 from r1ray.train.objective.base import Bench
 from r1ray.train.objective.grpo_feed import Asked, PromptFeed
-from r1ray.train.order import WorkOrder
 from r1ray.train.prompts import Prompt
 from r1ray.train.rewards.base import Answer, Scale, judged
 from r1ray.train.rollouts import EngineRollouts, seed_of
-from r1ray.train.schedule import Schedule
 from r1ray.train.trainer import PacedTrainer
 
 __all__ = ["GroupTrainer", "grpo_arguments", "passes_of"]
 
 _SHARED = ("num_items_in_batch",)  # of TRL's batch: not one entry per answer
-_log = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor]
 
@@ -45,25 +43,25 @@ class GroupTrainer(PacedTrainer, GRPOTrainer):
         model: PreTrainedModel,
         arguments: GRPOConfig,
         *,
-        order: WorkOrder,
+        bench: Bench,
         feed: PromptFeed,
-        schedule: Schedule,
-        tokenizer: PreTrainedTokenizerBase,
-        callbacks: list[TrainerCallback],
         scales: Sequence[Scale],
-        thinks: bool,
     ) -> None:
-        self.order, self.scales, self.thinks = order, list(scales), thinks
+        self.scales, self.thinks = list(scales), template.read(bench.order.base).thinks
         self._held_out = _HeldOut(self)
         super().__init__(
             model=model,
             args=arguments,
             reward_funcs=[_named(scale.name) for scale in scales],
             train_dataset=Dataset.from_dict({"prompt": ["shown"]}),  # TRL looks at it; the feed gives the prompts
-            processing_class=tokenizer,
-            callbacks=[self._held_out, *callbacks],  # before the clock begins
+            processing_class=bench.tokenizer(),
+            callbacks=[self._held_out, *bench.callbacks],  # before the clock begins
         )
-        self.pace_by(feed, schedule)
+        self.pace_by(feed, bench.schedule)
+        self._knows_entropy = self.temperature != 1.0 or not arguments.use_cpu
+        if not self._knows_entropy:
+            plain = self.accelerator.unwrap_model(self.model)
+            add_answer_logprobs(plain.get_base_model() if hasattr(plain, "get_base_model") else plain)
         self.rollouts: EngineRollouts | None = None
         self._rows: list[dict[str, Any]] = []
         self._passes: list[Batch] = []
@@ -77,9 +75,9 @@ class GroupTrainer(PacedTrainer, GRPOTrainer):
         directory = Path(self.args.output_dir) / "policy"
         self.rollouts = EngineRollouts(engine, directory, tuple(self.eos_token_ids), self.max_completion_length)
 
-    def judge_on(self, prompts: list[Prompt], file: Path) -> None:
-        """Answer `prompts` greedily before and after, and write the mean rewards to `file`."""
-        self._held_out.prompts, self._held_out.file = prompts, file
+    def judge_on(self, prompts: list[Prompt], run_directory: Path) -> None:
+        """Answer `prompts` greedily before and after, and note the mean rewards in the run's directory."""
+        self._held_out.prompts, self._held_out.run_directory = prompts, run_directory
 
     # --- answers
 
@@ -94,11 +92,11 @@ class GroupTrainer(PacedTrainer, GRPOTrainer):
             batch["old_per_token_logps"] = drawn
         return batch
 
-    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+    def _tokenize_prompts(self, _: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [list(row["asked"].prompt.ids) for row in self._rows], None, {}
 
     def _generate_single_turn(
-        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, num_generations: int, has_tool_images: bool = False
+        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, num_generations: int, **_: Any
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         if self.rollouts is None:
             written: tuple[list[list[int]], None] = super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations)
@@ -110,7 +108,7 @@ class GroupTrainer(PacedTrainer, GRPOTrainer):
         return [one.token_ids for one in drawn], [one.logprobs for one in drawn]
 
     def _calculate_rewards(
-        self, inputs: list[dict[str, Any]], prompts: Any, completions: Any, completion_ids_list: list[list[int]]
+        self, inputs: list[dict[str, Any]], _prompts: Any, _completions: Any, completion_ids_list: list[list[int]]
     ) -> torch.Tensor:
         asked: list[Asked] = [row["asked"] for row in inputs]
         answers = self._answers([one.prompt for one in asked], [one.place for one in asked], completion_ids_list)
@@ -161,7 +159,7 @@ class GroupTrainer(PacedTrainer, GRPOTrainer):
     # --- what is told
 
     def marks(self) -> dict[str, float]:
-        """Mean reward per axis first; then length, entropy, divergence, and how the engine's probabilities differ."""
+        """Mean reward per axis first; then length, divergence, groups that agree, and how the engine's probabilities differ."""
         return self._marks
 
     def _mark(self, inputs: Batch) -> None:
@@ -173,7 +171,8 @@ class GroupTrainer(PacedTrainer, GRPOTrainer):
             return
         names = {f"rewards/{scale.name}/mean": f"reward/{scale.name}" for scale in self.scales}
         names |= {f"completions/{key}": name for key, name in mode.items()}
-        names |= {"kl": "kl", "entropy": "entropy", "frac_reward_zero_std": "undecided", "ratio": "rollout_log_ratio"}
+        names |= {"entropy": "entropy"} if self._knows_entropy else {}
+        names |= {"kl": "kl", "frac_reward_zero_std": "undecided", "ratio": "rollout_log_ratio"}
         self._marks = {name: sum(told[key]) / len(told[key]) for key, name in names.items() if told.get(key)}
         told.clear()
 
@@ -208,7 +207,7 @@ class _HeldOut(TrainerCallback):
     def __init__(self, trainer: GroupTrainer) -> None:
         self.trainer = trainer
         self.prompts: list[Prompt] = []
-        self.file = Path()
+        self.run_directory = Path()
 
     def on_train_begin(self, _: TrainingArguments, state: TrainerState, *__: Any, **___: Any) -> None:
         if state.global_step == 0:
@@ -224,8 +223,7 @@ class _HeldOut(TrainerCallback):
             return
         means = self.trainer.judge(self.prompts)
         if self.trainer.accelerator.is_main_process:
-            known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
-            self.file.write_text(json.dumps({**known, when: means}), encoding="utf-8")
+            heldout.note(self.run_directory, when, means)
 
 
 def grpo_arguments(bench: Bench) -> GRPOConfig:
