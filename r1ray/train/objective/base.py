@@ -124,5 +124,5 @@ class Objective(ABC):
         """The trainer of this rank, on the worker."""
 
     def closing(self, _directory: Path, _say: Callable[[str], object]) -> dict[str, float]:
-        """What the finished run is measured by beside its loss, in the driver: from the run's directory, told to `say`, kept with the version."""
+        """What the finished run, in its directory, is measured by beside its loss: said in the driver and kept with the version."""
         return {}
