@@ -33,6 +33,7 @@ __all__ = ["PairLimits", "PairRow", "PairSet", "tokenise_pairs"]
 
 _FORMAT = 1  # of the cache; raise it when the meaning of a column changes
 _SCHEMA = pa.schema([*((name, pa.list_(pa.int32())) for name in ("prompt", "chosen", "rejected")), ("held_out", pa.bool_())])
+_SHOWN_REJECTS = 3
 _log = logging.getLogger(__name__)
 
 
@@ -132,7 +133,8 @@ class _Encoding:
         reason = self._problem(prompt, other, chosen[: max(room, 0)], rejected[: max(room, 0)])
         if reason is not None:
             self.num_rejected += 1
-            _log.warning("left out %s: %s", pair.source or pair.id, reason)
+            if self.num_rejected <= _SHOWN_REJECTS:
+                _log.warning("left out %s: %s", pair.source or pair.id, reason)
             return
         self.num_cut += max(len(chosen), len(rejected)) > room
         for name, value in zip(_SCHEMA.names, (prompt, chosen[:room], rejected[:room], is_held_out), strict=True):
@@ -188,5 +190,7 @@ def _check(tokens: PairSet, loaded: LoadedPairs, data: DataConfig, max_length: i
         )
     if tokens.num_rows == 0:
         raise NothingToTrain(f"None of the {loaded.num_rows} rows of {data.path} is left to train on. Add pairs, or lower eval_share.")
+    if tokens.num_rejected:
+        _log.warning("%d pairs were left out, since they do not fit train.max_length=%d", tokens.num_rejected, max_length)
     if tokens.num_cut:
         _log.warning("%d pairs have an answer that was cut to fit train.max_length=%d", tokens.num_cut, max_length)

@@ -26,6 +26,9 @@ from r1ray.train.schedule import Schedule
 __all__ = ["PreferenceTrainer", "dpo_arguments"]
 
 
+_ROWS_AT_ONCE = 512  # are kept together: what a killed run has computed, the next one need not
+
+
 class PreferenceTrainer(PairTrainer, DPOTrainer):
     """The loss of a step is the mean over all its pairs. Call `judge_on`, then `refer_to`, before training."""
 
@@ -64,11 +67,13 @@ class PreferenceTrainer(PairTrainer, DPOTrainer):
         missing = [row for row in wanted if row not in known]
         if missing:
             engine = prepare_deepspeed(self.model, self.accelerator) if self.is_deepspeed_enabled else self.model
-            computed = self.scored(engine, [rows[row] for row in missing], self.compute_ref_log_probs)
-            added = {missing[place]: scores for place, scores in computed.items()}
-            known = {**known, **added}
-            if self.accelerator.is_main_process:
-                reference.add(added, len(rows))
+            for start in range(0, len(missing), _ROWS_AT_ONCE):
+                block = missing[start : start + _ROWS_AT_ONCE]
+                computed = self.scored(engine, [rows[row] for row in block], self.compute_ref_log_probs)
+                added = {block[place]: scores for place, scores in computed.items()}
+                known |= added
+                if self.accelerator.is_main_process:
+                    reference.add(added, len(rows))
         self._reference = self.feed.reference = known
 
     def compute_loss(self, model: Any, inputs: Pass, *_: Any, num_items_in_batch: Any = None, **__: Any) -> torch.Tensor:
