@@ -23,6 +23,9 @@ __all__ = ["share_tensors"]
 
 def share_tensors(model: nn.Module, layout: Layout) -> None:
     """Split the experts of `model` and reduce the gradients of what latent attention's heads share; in every worker, before DeepSpeed."""
+    import deepspeed
+
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes torch's process group over
     group = _group(layout)
     for name, module in list(model.named_modules()):
         if hasattr(module, "expand_kv"):
