@@ -22,7 +22,7 @@ from r1ray.train.progress import Curve, Step
 from r1ray.train.reporter import Reporter
 from r1ray.train.saved import check_saved
 from r1ray.train.standing import KEPT, MARK, Standing
-from r1ray.train.trainer import PacedTrainer
+from r1ray.train.trainer import Paced
 
 __all__ = ["Diverged", "Pace"]
 
@@ -47,7 +47,7 @@ class Pace(TrainerCallback):
     is_converted: bool = False
     """Whether the training goes on from a checkpoint of another number of workers."""
     standing: Standing = field(default_factory=Standing)
-    trainer: PacedTrainer | None = None
+    trainer: Paced | None = None
     curve: Curve | None = None
     _began: float = 0.0
     _step_began: float = 0.0
@@ -121,7 +121,7 @@ class Pace(TrainerCallback):
             universal.forget(self.run_directory)
 
     @property
-    def _bound(self) -> PacedTrainer:
+    def _bound(self) -> Paced:
         assert self.trainer is not None, "set trainer before training"
         return self.trainer
 

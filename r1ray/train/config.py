@@ -53,7 +53,7 @@ class PromptSettings(Config):
 
 
 class Parallelism(Config):
-    """How many workers share one copy of the model; num_workers / that many compute different dialogues. For what does not fit otherwise."""
+    """How many workers share one copy of the model; num_workers / that many compute different rows. For what does not fit otherwise."""
 
     tensor: int = Field(default=1, ge=1, description="Workers that share every matrix by columns or rows (DeepSpeed AutoTP).")
     pipeline: int = Field(default=1, ge=1, description="Stages of consecutive layers, one per worker (DeepSpeed PipelineModule).")

@@ -12,14 +12,14 @@ from typing import Any, Protocol
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback, Trainer, TrainerState
 
 from r1ray.train.config import TrainConfig
 from r1ray.train.parallel.layout import Layout
 from r1ray.train.schedule import Schedule
 from r1ray.train.zero import deepspeed_config
 
-__all__ = ["Batches", "PacedTrainer", "Tally", "common_arguments"]
+__all__ = ["Batches", "Paced", "PacedTrainer", "Tally", "common_arguments"]
 
 
 class Batches(Protocol):
@@ -33,6 +33,35 @@ class Batches(Protocol):
 
     def num_tokens(self, step: int) -> int:
         """Tokens without padding, for the speed that is shown."""
+
+
+class Paced(Protocol):
+    """A training loop as the callbacks around its steps see it: TRL's, or a pipeline's own."""
+
+    feed: Batches
+    schedule: Schedule
+    tally: Tally
+    layout: Layout | None
+    state: TrainerState
+    model_wrapped: Any
+    args: Any
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the step in progress."""
+
+    @property
+    def num_trained_tensors(self) -> int:
+        """At least as many are in the weights that a rank saves, where it saves any."""
+
+    def marks(self) -> dict[str, float]:
+        """What a step is told by beside its loss."""
+
+    def held_out_loss(self) -> tuple[float, int]:
+        """(this rank's summed loss, items of all ranks) over the held-out rows."""
+
+    def train(self, resume_from_checkpoint: str | None = None) -> Any:
+        """To the end, or to where the callbacks stop it."""
 
 
 @dataclass(slots=True)

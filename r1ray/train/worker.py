@@ -25,7 +25,7 @@ from r1ray.train.reporter import RayReporter, Reporter
 from r1ray.train.schedule import Schedule
 
 if TYPE_CHECKING:
-    from r1ray.train.trainer import PacedTrainer
+    from r1ray.train.trainer import Paced
 
 __all__ = ["Attempt", "work"]
 
@@ -85,7 +85,7 @@ class Attempt:
             shutil.rmtree(self._staging, ignore_errors=True)
         return {"step": trainer.state.global_step, "elapsed_s": trainer.schedule.elapsed_s, "peak_memory_mb": _peak_mb()}
 
-    def _out_of_memory(self, error: BaseException, trainer: PacedTrainer) -> OutOfMemory:
+    def _out_of_memory(self, error: BaseException, trainer: Paced) -> OutOfMemory:
         """`in_step`: it came with a batch, so fewer rows at a time may fit."""
         began = trainer.state.max_steps > 0
         place = f"in step {trainer.state.global_step + 1}" if began else "before the first step"
@@ -145,7 +145,7 @@ class Attempt:
 
         set_seed(self.config.seed + step)
 
-    def _trainer(self, resumed: checkpoint.Meta | None) -> PacedTrainer:
+    def _trainer(self, resumed: checkpoint.Meta | None) -> Paced:
         from r1ray.train.callbacks import Pace
 
         order, config = self.order, self.config

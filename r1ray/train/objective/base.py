@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from r1ray.train.feed import Feed
     from r1ray.train.parallel.sequence import SlicedFeed
     from r1ray.train.schedule import Schedule
-    from r1ray.train.trainer import PacedTrainer
+    from r1ray.train.trainer import Paced
 
 __all__ = ["Bench", "Objective", "Rows"]
 
@@ -120,7 +120,7 @@ class Objective(ABC):
         """The rows as tokens, cached on disk, in the driver: what `WorkOrder.material` carries."""
 
     @abstractmethod
-    def trainer(self, bench: Bench) -> PacedTrainer:
+    def trainer(self, bench: Bench) -> Paced:
         """The trainer of this rank, on the worker."""
 
     def closing(self, _directory: Path, _say: Callable[[str], object]) -> dict[str, float]:

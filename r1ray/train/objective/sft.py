@@ -18,6 +18,7 @@ from r1ray.types import Artifact
 if TYPE_CHECKING:
     from r1ray.train.config import FinetuneConfig
     from r1ray.train.objective.sft_trainer import SupervisedTrainer
+    from r1ray.train.trainer import Paced
 
 __all__ = ["Supervised"]
 
@@ -39,7 +40,7 @@ class Supervised(Objective):
 
         return SupervisedTrainer
 
-    def trainer(self, bench: Bench) -> SupervisedTrainer:
+    def trainer(self, bench: Bench) -> Paced:
         from r1ray.train.feed import Feed
         from r1ray.train.objective.sft_trainer import sft_arguments
 

@@ -14,6 +14,7 @@ from r1ray.errors import UnsupportedModel
 from r1ray.train.feed import Feed
 from r1ray.train.loss import add_supervised_loss, has_plain_head
 from r1ray.train.objective.base import Bench
+from r1ray.train.parallel.sequence import SlicedFeed
 from r1ray.train.schedule import Schedule
 from r1ray.train.trainer import PacedTrainer
 
@@ -30,7 +31,7 @@ class SupervisedTrainer(PacedTrainer, SFTTrainer):
         model: PreTrainedModel,
         arguments: SFTConfig,
         *,
-        feed: Feed,
+        feed: Feed | SlicedFeed,
         schedule: Schedule,
         tokenizer: PreTrainedTokenizerBase,
         callbacks: list[TrainerCallback],

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerControl, TrainerState
 from r1ray.model.checkpoint import INDEX
 from r1ray.train.feed import Feed
 from r1ray.train.parallel.stages import build_stages
-from r1ray.train.trainer import Tally
+from r1ray.train.trainer import Batches, Tally
 from r1ray.train.zero import deepspeed_config
 
 if TYPE_CHECKING:
@@ -50,14 +50,15 @@ class PipelineTrainer:
 
         order, config = bench.order, bench.order.config
         self.layout: Layout | None = bench.layout
-        self.feed, self.schedule, self.tally = feed, bench.schedule, Tally()
+        self.feed: Batches = feed
+        self.schedule, self.tally = bench.schedule, Tally()
         self.state, self.learning_rate = TrainerState(), 0.0
         self.num_trained_tensors = 0
         """In what this rank saved last."""
-        self._bench, self._num_trained = bench, 1
+        self._bench, self._rows, self._num_trained = bench, feed, 1
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         model = bench.model()
-        decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+        decayed = set(Trainer.get_decay_parameter_names(None, model))
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its layers
             self._stages = build_stages(
                 model,
@@ -68,8 +69,8 @@ class PipelineTrainer:
             )
         optimizer = torch.optim.AdamW(self._groups(decayed), lr=config.learning_rate, fused=True)
         settings = deepspeed_config(config, accumulation=bench.accumulation, bf16=order.dtype == "bfloat16")
-        self.model_wrapped = deepspeed.initialize(model=self._stages.module, optimizer=optimizer, config=settings)[0]
-        self.args = _Arguments(self.model_wrapped.device, str(bench.staging))
+        self.model_wrapped: Any = deepspeed.initialize(model=self._stages.module, optimizer=optimizer, config=settings)[0]
+        self.args: Any = _Arguments(self.model_wrapped.device, str(bench.staging))
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
         """Until the callbacks say stop, which they do at the last step at the latest."""
@@ -92,6 +93,9 @@ class PipelineTrainer:
         """Nothing besides the loss."""
         return {}
 
+    def held_out_loss(self) -> tuple[float, int]:
+        raise NotImplementedError("eval_share is refused where layers are split into stages")
+
     def _tell(self, event: str, control: TrainerControl) -> None:
         for callback in self._bench.callbacks:
             getattr(callback, event)(self.args, self.state, control)
@@ -107,7 +111,7 @@ class PipelineTrainer:
     def _passes(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(inputs, labels): the first stage takes the one, the last the other."""
         for number in range(self._bench.accumulation):
-            batch = self.feed[step * self._bench.accumulation + number]
+            batch = self._rows[step * self._bench.accumulation + number]
             yield batch["input_ids"], batch["labels"]
 
     def _loss(self, hidden_BTD: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:

@@ -94,7 +94,7 @@ def share_sequences(degree: int) -> None:
 def _ulysses(core: Any, group: Any, degree: int) -> Any:
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
-    class Ulysses(UlyssesSPAttentionHF):  # type: ignore[misc]
+    class Ulysses(UlyssesSPAttentionHF):
         """DeepSpeed's, of which each call has its own number of rows: the last batch of an epoch is smaller."""
 
         def forward(self, module: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

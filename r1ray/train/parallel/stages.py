@@ -119,7 +119,7 @@ def build_stages(
     # the embedding belongs to the first layer's stage; norm, head and the embedding's second place to the last one's
     parts = [0, *(end + 1 for end in ends[1:-1]), len(specs)]
 
-    class Pipeline(PipelineModule):  # type: ignore[misc]
+    class Pipeline(PipelineModule):
         """DeepSpeed's, cut where this module's weights were kept."""
 
         def _partition_layers(self, method: str = "") -> None:  # noqa: ARG002
