@@ -113,6 +113,8 @@ class FollowCluster(ElasticScalingPolicy):
         super().__init__(scaling_config)
         self._run_directory, self._waits = run_directory, waits_for_checkpoint
         self._wanted_since: float | None = None
+        self._latest_reserved_resources_query_time: float = float("-inf")
+        self._latest_reserved_resources: Any = None
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> ScalingDecision:
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)

@@ -111,8 +111,15 @@ def _train(config: FinetuneConfig, order: WorkOrder, data_hash: str, registry: R
             metrics |= {MARK: standing.best_loss, "best_step": float(standing.best_step)}
             _say(f"step {standing.best_step} is registered, the best of those measured: {MARK} {standing.best_loss:.4f}")
         tracked.log_metrics(metrics)
-        trained = {"checkpoint": best, "dtype": order.dtype, "base": order.base, "data_hash": data_hash}
-        result = Result(**trained, config=config, metrics=metrics, run_id=tracked.id)
+        result = Result(
+            checkpoint=best,
+            dtype=order.dtype,
+            base=order.base,
+            data_hash=data_hash,
+            config=config,
+            metrics=metrics,
+            run_id=tracked.id,
+        )
         artifact = export(result, registry)
         runs.store(order.run_directory, runs.load(order.run_directory) or state, version=artifact.ref)
     _say(f"registered {artifact.ref}: {artifact.path}")

@@ -23,6 +23,7 @@ from r1ray.train.order import WorkOrder
 from r1ray.train.parallel.layout import layout_of
 from r1ray.train.reporter import RayReporter, Reporter
 from r1ray.train.schedule import Schedule
+from r1ray.train.standing import Standing
 
 if TYPE_CHECKING:
     from r1ray.train.trainer import Paced
@@ -152,11 +153,18 @@ class Attempt:
         shutil.rmtree(self._staging, ignore_errors=True)
         self._staging.mkdir(parents=True)
         elapsed = resumed.elapsed_s if resumed else 0.0
-        place = {"run": order.run, "run_directory": order.run_directory, "rank": self.rank, "world": self.world}
         is_converted = resumed is not None and resumed.world_size != self.world and resumed.zero_stage > 0
-        pace = Pace(config=config, **place, reporter=self.reporter, elapsed_before_s=elapsed, is_converted=is_converted)
-        if resumed is not None:
-            pace.standing = resumed.standing
+        pace = Pace(
+            config=config,
+            run=order.run,
+            run_directory=order.run_directory,
+            rank=self.rank,
+            world=self.world,
+            reporter=self.reporter,
+            elapsed_before_s=elapsed,
+            is_converted=is_converted,
+            standing=resumed.standing if resumed else Standing(),
+        )
         bench = Bench(
             order=order,
             rank=self.layout.place(self.rank).data,
