@@ -158,6 +158,14 @@ class PacedTrainer(Trainer):
         elif self.args.should_save and output_dir is not None:
             self.accelerator.unwrap_model(self.model).config.save_pretrained(output_dir)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """With what is stored and not trained, as DeepSeek-V3's routing bias: DeepSpeed gathers a split model's parameters only."""
+        if state_dict is not None and self.layout is not None and self.layout.tensor > 1:
+            model = self.accelerator.unwrap_model(self.model)
+            buffers = {name for name, _ in model.named_buffers()}
+            state_dict |= {name: tensor for name, tensor in model.state_dict().items() if name in buffers}
+        super()._save(output_dir, state_dict)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         Trainer._save_checkpoint(self, model, trial)  # without TRL's model card: the manifest says it all
 
