@@ -18,6 +18,7 @@ from r1ray.types import Artifact
 if TYPE_CHECKING:
     from r1ray.train.config import FinetuneConfig
     from r1ray.train.objective.sft_trainer import SupervisedTrainer
+    from r1ray.train.trainer import Paced
 
 __all__ = ["Distilled"]
 
@@ -41,7 +42,7 @@ class Distilled(Supervised):
             _check_vocabulary(base, teacher)
         return super().prepare(rows, base, config, settings)
 
-    def trainer(self, bench: Bench) -> SupervisedTrainer:
+    def trainer(self, bench: Bench) -> Paced:
         config = bench.order.config
         if config.distill.mode == "texts":
             return super().trainer(bench)
