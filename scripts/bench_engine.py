@@ -177,13 +177,13 @@ def pass_profile(artifact: Artifact, precision: str, num_streams: int, num_promp
     else:
         backend.forward([Piece(ids=list(range(256)), start=0, table=table, num_logits=0) for table in tables])
         pieces = [Piece(ids=[7], start=256, table=table, num_logits=1) for table in tables]
-    best, shares = 1e9, {}
+    backend.profile()  # forgets what was
+    times = []
     for _ in range(5 if num_prompt else 20):
-        backend.profile()  # forgets what was
         begin = time.perf_counter()
         backend.forward(pieces)
-        if (took := time.perf_counter() - begin) < best:
-            best, shares = took, backend.profile()
+        times.append(time.perf_counter() - begin)
+    best, shares = min(times), backend.profile()
     parts = {part: 1000 * best * share for part, share in shares.items()}
     return {"pass": 1000 * best, "products": sum(parts[part] for part in PRODUCTS), **parts}
 
@@ -310,13 +310,16 @@ def show(rows: list[Row]) -> None:
 def profile(artifact: Artifact) -> dict[str, dict[str, float]]:
     """Where a step's time goes, in milliseconds."""
     found: dict[str, dict[str, float]] = {}
+
+    def take(name: str, measure: Callable[..., dict[str, float]], *arguments: Any) -> None:
+        found[name] = parts = alone(measure, artifact, *arguments)
+        console.print(f"{name}: " + ", ".join(f"{part} {ms:.2f}" for part, ms in parts.items()) + " ms", style="dim", soft_wrap=True)
+
     for precision in OURS:
-        for name, num_streams, num_prompt in (("decode x1", 1, 0), ("decode x32", 32, 0), ("prefill 4 x 128", 4, 128)):
-            found[f"{precision}, {name}"] = alone(pass_profile, artifact, precision, num_streams, num_prompt)
-        for num_streams in (1, 32):
-            found[f"{precision}, engine x{num_streams}"] = alone(step_profile, artifact, precision, num_streams)
-    for name, parts in found.items():
-        console.print(f"{name}: " + ", ".join(f"{part} {ms:.2f}" for part, ms in parts.items()) + " ms", style="dim")
+        for num_streams in (32, 1):
+            take(f"{precision}, decode x{num_streams}", pass_profile, precision, num_streams, 0)
+            take(f"{precision}, engine x{num_streams}", step_profile, precision, num_streams)
+        take(f"{precision}, prefill 4 x 128", pass_profile, precision, 4, 128)
     return found
 
 
