@@ -100,7 +100,7 @@ def engine_for(order: WorkOrder, num_answers: int) -> Engine:
     config = order.config
     settings = EngineConfig(
         backend="native",
-        dtype=order.dtype,  # type: ignore[arg-type]  # float32 or bfloat16, as training has it
+        dtype=order.dtype,  # float32 or bfloat16, as training has it
         device="cpu",
         num_slots=min(_MOST_SLOTS, num_answers),
         max_waiting=num_answers,

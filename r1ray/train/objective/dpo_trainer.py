@@ -85,7 +85,8 @@ class PreferenceTrainer(PairTrainer, DPOTrainer):
             return outputs[-1]
 
         with self.untold():
-            loss: torch.Tensor = self._compute_loss(remembered, inputs, return_outputs=False)
+            computed: Any = self._compute_loss
+            loss: torch.Tensor = computed(remembered, inputs, return_outputs=False)
         chosen, rejected = _summed(outputs[0], inputs)
         if self.sft_weight:
             answered, _ = inputs["completion_mask"][:, 1:].sum(1).chunk(2)

@@ -112,7 +112,7 @@ class GroupTrainer(PacedTrainer, GRPOTrainer):
     ) -> torch.Tensor:
         asked: list[Asked] = [row["asked"] for row in inputs]
         answers = self._answers([one.prompt for one in asked], [one.place for one in asked], completion_ids_list)
-        return gather(torch.tensor(judged(self.scales, answers), device=self.accelerator.device))  # type: ignore[no-any-return]
+        return gather(torch.tensor(judged(self.scales, answers), device=self.accelerator.device))
 
     def _answers(self, prompts: Sequence[Prompt], groups: Sequence[int], ids: Sequence[Sequence[int]]) -> list[Answer]:
         said = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -191,12 +191,13 @@ class GroupTrainer(PacedTrainer, GRPOTrainer):
         if self.rollouts is not None:
             self.rollouts.load(self.accelerator.unwrap_model(self.model))
             return [one.token_ids for one in self.rollouts.draw(prompt_ids, [0] * len(prompt_ids), temperature=0.0)]
-        usual, sampled = self.generation_config, self.generation_kwargs
+        sampled: dict[str, Any] = self.generation_kwargs  # type: ignore[has-type]
+        usual: GenerationConfig = self.generation_config  # type: ignore[has-type]
         self.generation_kwargs = {key: sampled[key] for key in ("max_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id")}
         self.generation_kwargs["do_sample"] = False
         self.generation_config = GenerationConfig(**self.generation_kwargs, disable_compile=True)
         try:
-            return super()._generate_single_turn(prompt_ids, None, {}, 1)[0]  # type: ignore[no-any-return]
+            return super()._generate_single_turn(prompt_ids, None, {}, 1)[0]
         finally:
             self.generation_config, self.generation_kwargs = usual, sampled
 
