@@ -85,11 +85,10 @@ class PreferenceTrainer(PairTrainer, DPOTrainer):
             return outputs[-1]
 
         with self.untold():
-            computed: Any = self._compute_loss
-            loss: torch.Tensor = computed(remembered, inputs, return_outputs=False)
+            loss: torch.Tensor = self._compute_loss(remembered, inputs, return_outputs=False)
         chosen, rejected = _summed(outputs[0], inputs)
         if self.sft_weight:
-            answered, _ = inputs["completion_mask"][:, 1:].sum(1).chunk(2)
+            answered = inputs["completion_mask"][:, 1:].sum(1).chunk(2)[0]
             loss = loss - self.sft_weight * (chosen / answered).mean()
         if num_pairs:
             self.watch(self.beta * (chosen - rejected - inputs["ref_chosen_logps"] + inputs["ref_rejected_logps"]).detach())
