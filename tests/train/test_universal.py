@@ -67,7 +67,7 @@ def test_what_was_held_out_stops_a_training_that_gets_worse_and_the_best_step_is
     assert last[1].standing == Standing(loss=measured[last[1].step], best_loss=measured[best_step], best_step=best_step, num_worse=2)
     again = launch(home, 2, f"watched:2:30:{measuring}")
     assert again == {"watched-2": losses}, "a training that was stopped stays so"
-    one_worker = launch(home, 1, f"alone:2:1:{measuring}:checkpoint_every_steps=null:max_steps=1")
+    one_worker = launch(home, 1, f"alone:2:1:{measuring}")
     assert curve(settings.checkpoints / "alone-2")[0].marks[MARK] == pytest.approx(measured[1], rel=1e-5), one_worker
 
 
