@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["with_weights"]
+__all__ = ["tied_names", "with_weights"]
 
 _SHARD_BYTES = 2 << 30
 _LAYER = re.compile(r".*?\.layers\.\d+\.")
@@ -40,6 +40,13 @@ def with_weights(checkpoint: Path, dtype: str) -> list[Path]:
     if not any(checkpoint.glob("model*.safetensors")):
         _consolidate(checkpoint, dtype)
     return weight_files(checkpoint)
+
+
+def tied_names(model: PreTrainedModel) -> frozenset[str]:
+    """Tensors that are another one under a second name, and are stored under the first alone."""
+    return (
+        frozenset(getattr(model, "_tied_weights_keys", None) or ()) if getattr(model.config, "tie_word_embeddings", False) else frozenset()
+    )
 
 
 def _consolidate(checkpoint: Path, dtype: str) -> None:
@@ -102,7 +109,7 @@ def _masters(checkpoint: Path) -> Mapping[str, Any]:
 
 def _layers(masters: Mapping[str, Any], model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     """The tensors of a layer together, since its experts may share one; those of no layer each alone. Tied copies are left out."""
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+    tied = tied_names(model)
     groups: dict[str, dict[str, Any]] = {}
     for name, part in masters.items():
         if name not in tied:

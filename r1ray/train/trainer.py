@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerState
 
 from r1ray.train.config import TrainConfig
+from r1ray.train.consolidate import tied_names
 from r1ray.train.parallel.layout import Layout
 from r1ray.train.schedule import Schedule
 from r1ray.train.zero import deepspeed_config
@@ -159,7 +160,11 @@ class PacedTrainer(Trainer):
             self.accelerator.unwrap_model(self.model).config.save_pretrained(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """With what is stored and not trained, as DeepSeek-V3's routing bias: DeepSpeed gathers a split model's parameters only."""
+        """Without tied copies, which accelerate has cloned; with what is stored and not trained, as DeepSeek-V3's routing bias: DeepSpeed
+        gathers a split model's parameters only."""
+        if state_dict is not None:
+            tied = tied_names(self.accelerator.unwrap_model(self.model))
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         if state_dict is not None and self.layout is not None and self.layout.tensor > 1:
             model = self.accelerator.unwrap_model(self.model)
             buffers = {name for name, _ in model.named_buffers()}
