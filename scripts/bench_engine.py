@@ -36,7 +36,7 @@ sys.path.insert(0, str(PEERS))
 from workload import CONCURRENCIES, NUM_NEW, prompts  # noqa: E402
 
 from r1ray.engine.config import EngineConfig  # noqa: E402
-from r1ray.engine.protocol import GenerationRequest  # noqa: E402
+from r1ray.engine.protocol import Engine, GenerationRequest  # noqa: E402
 from r1ray.registry import Registry  # noqa: E402
 from r1ray.settings import Settings  # noqa: E402
 from r1ray.types import Artifact, Sampling  # noqa: E402
@@ -79,12 +79,9 @@ def requests(prompt_ids: Iterable[Iterable[int]], num_new: int) -> list[Generati
     ]
 
 
-def ours(artifact: Artifact, precision: str, concurrency: int, repeats: int) -> Row:
-    from r1ray.engine.create import create_engine
+def timed(engine: Engine, concurrency: int, repeats: int) -> tuple[float, float]:
+    """(tokens per second, seconds to the first token), the best of the repeats, after a warm-up."""
     from r1ray.engine.offline import generate_all
-
-    config = EngineConfig(num_slots=concurrency, max_context=512, dtype=precision, prefill_chunk=1024)  # type: ignore[arg-type]
-    engine = create_engine(artifact, config, Registry())
 
     def seconds(run: int, num_new: int) -> float:
         wanted = requests(prompts(concurrency, run), num_new)
@@ -94,7 +91,15 @@ def ours(artifact: Artifact, precision: str, concurrency: int, repeats: int) -> 
 
     seconds(0, 4)
     ttft_s = min(seconds(run, 1) for run in range(1, repeats + 1))
-    rate = concurrency * NUM_NEW / min(seconds(100 + run, NUM_NEW) for run in range(1, repeats + 1))
+    return concurrency * NUM_NEW / min(seconds(100 + run, NUM_NEW) for run in range(1, repeats + 1)), ttft_s
+
+
+def ours(artifact: Artifact, precision: str, concurrency: int, repeats: int) -> Row:
+    from r1ray.engine.create import create_engine
+
+    config = EngineConfig(num_slots=concurrency, max_context=512, dtype=precision, prefill_chunk=1024)  # type: ignore[arg-type]
+    engine = create_engine(artifact, config, Registry())
+    rate, ttft_s = timed(engine, concurrency, repeats)
     return Row("r1ray", {"bfloat16": "bf16"}.get(precision, precision), concurrency, rate, 1000 * ttft_s, peak_mb())
 
 
@@ -102,23 +107,13 @@ def ours_on_onnx(exported: Path, precision: str, concurrency: int, repeats: int)
     """The in-house engine over the same export that onnxruntime-genai gets."""
     from r1ray.engine.batching import BatchingEngine
     from r1ray.engine.create import choose_threads
-    from r1ray.engine.offline import generate_all
     from r1ray.engine.onnx import OnnxBackend, OnnxOptions
 
     num_threads = choose_threads(None)
     options = OnnxOptions(precision=precision, num_blocks=16 * concurrency, num_rows=concurrency, context=512, num_threads=num_threads)
     settings = EngineConfig(type="onnx", num_slots=concurrency, max_context=512, num_threads=num_threads, prefill_chunk=1024)
     engine = BatchingEngine(OnnxBackend(exported, options), settings, context_length=512)
-
-    def seconds(run: int, num_new: int) -> float:
-        wanted = requests(prompts(concurrency, run), num_new)
-        start = time.perf_counter()
-        generate_all(engine, wanted)
-        return time.perf_counter() - start
-
-    seconds(0, 4)
-    ttft_s = min(seconds(run, 1) for run in range(1, repeats + 1))
-    rate = concurrency * NUM_NEW / min(seconds(100 + run, NUM_NEW) for run in range(1, repeats + 1))
+    rate, ttft_s = timed(engine, concurrency, repeats)
     return Row("r1ray onnx", f"{precision} weights", concurrency, rate, 1000 * ttft_s, peak_mb())
 
 

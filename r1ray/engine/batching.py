@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
+from contextlib import aclosing
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from r1ray.engine.beam import BEAM, Ranking, search_beams
 from r1ray.engine.blocks import BlockPool
 from r1ray.engine.cap import BatchCap
 from r1ray.engine.config import EngineConfig
-from r1ray.engine.mailbox import Mailbox, deliver
+from r1ray.engine.mailbox import Mailbox, chunks_of, deliver
 from r1ray.engine.protocol import EngineState, EngineStats, FinishReason, GenerationRequest, TokenChunk
 from r1ray.engine.sampler import Drawn, new_rng, prompt_logprobs, sample
 from r1ray.engine.scheduler import Scheduler, Segment, Stream
@@ -117,17 +118,9 @@ class BatchingEngine:
 
     async def _one(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         stream = self._submit(request)
-        ended = False
-        try:
-            while not ended:
-                item = await stream.mailbox.get()
-                ended = isinstance(item, Exception) or item.finish_reason is not None
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-        finally:
-            if not ended:
-                self._abandon(stream)
+        async with aclosing(chunks_of(stream.mailbox, lambda: self._abandon(stream))) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     def _ranking(self, request: GenerationRequest) -> Ranking:
         has_room = self.config.num_slots - len(self._open) >= request.num_beams

@@ -1,15 +1,17 @@
 """From the engine's thread to the event loops that read: one mailbox per stream, one wake-up per loop and step.
 
-Knows nothing of what the items are.
+Knows of the items only what ends a stream.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Generic, TypeVar
 
-__all__ = ["Mailbox", "deliver"]
+from r1ray.engine.protocol import TokenChunk
+
+__all__ = ["Mailbox", "chunks_of", "deliver"]
 
 T = TypeVar("T")
 
@@ -27,6 +29,21 @@ class Mailbox(Generic[T]):
     def put_here(self, item: T) -> None:
         """Only on the mailbox's own loop; other threads call `deliver`."""
         self._queue.put_nowait(item)
+
+
+async def chunks_of(mailbox: Mailbox[TokenChunk | Exception], leave: Callable[[], object]) -> AsyncGenerator[TokenChunk, None]:
+    """A stream's chunks to its last, or to the error that ended it; `leave` is called when the reader goes before that."""
+    ended = False
+    try:
+        while not ended:
+            item = await mailbox.get()
+            ended = isinstance(item, Exception) or item.finish_reason is not None
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        if not ended:
+            leave()
 
 
 def deliver(post: Iterable[tuple[Mailbox[T], T]]) -> None:

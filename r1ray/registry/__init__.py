@@ -4,7 +4,8 @@ Reading order: directory (what an artifact is on disk), versions (numbers, alias
 """
 
 from r1ray.registry.directory import MANIFEST, POLICY, weights_sha256
+from r1ray.registry.listing import ModelInfo, VersionInfo
 from r1ray.registry.verdict import Verdict
-from r1ray.registry.versions import ModelInfo, Registry, VersionInfo
+from r1ray.registry.versions import Registry
 
 __all__ = ["MANIFEST", "POLICY", "ModelInfo", "Registry", "Verdict", "VersionInfo", "weights_sha256"]

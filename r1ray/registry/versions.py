@@ -15,21 +15,21 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from r1ray.errors import ArtifactInvalid, InvalidValue, ModelNotFound, PromotionRefused, RegistryError, VersionNotFound
 from r1ray.observe.client import client, exclusive
 from r1ray.registry import directory
+from r1ray.registry.listing import ModelInfo, VersionInfo
 from r1ray.registry.verdict import Verdict
 from r1ray.settings import Settings
-from r1ray.types import Artifact, ArtifactKind, Manifest, SamplingPolicy
+from r1ray.types import Artifact, Manifest, SamplingPolicy
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-__all__ = ["ModelInfo", "Registry", "VersionInfo"]
+__all__ = ["Registry"]
 
 PRODUCTION = "production"
 
@@ -40,37 +40,6 @@ _HISTORY = _TAG + "history."
 _GATE = _TAG + "gate"
 _LONGEST_HISTORY = 50
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VersionInfo:
-    """One row of `r1ray models NAME`. `metrics` unites the manifest's and those that evaluations added."""
-
-    name: str
-    version: int
-    kind: ArtifactKind
-    created_at: str
-    path: Path
-    weights_sha256: str
-    data_hash: str | None = None
-    base: str | None = None
-    aliases: tuple[str, ...] = ()
-    parents: tuple[str, ...] = ()
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def ref(self) -> str:
-        """`name@version`."""
-        return f"{self.name}@{self.version}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelInfo:
-    """One registered model: its versions, newest first, and where its aliases point."""
-
-    name: str
-    versions: tuple[VersionInfo, ...]
-    aliases: Mapping[str, int]
 
 
 class Registry:

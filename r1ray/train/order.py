@@ -81,15 +81,7 @@ def resolve_order(
     if known is not None and known.micro_batch_size is not None and known.micro_batch_size < config.micro_batch_size:
         say(f"micro_batch_size {known.micro_batch_size} instead of {config.micro_batch_size}, because the run ran out of memory before")
         config = config.model_copy(update={"micro_batch_size": known.micro_batch_size})
-    held_out: Material | None = None
-    if config.eval_share:
-        if getattr(material, "is_mixed", False):
-            raise InvalidValue(
-                "train.eval_share takes rows out of a file whose mix plan counts on them; set train.mix=false or eval_share=0."
-            )
-        from r1ray.train.parts import parted
-
-        material, held_out = parted(material, config.eval_share, config.seed)
+    material, held_out = _parts(config, material)
     plan = plan_for(config, material)
     num_steps = min(plan.num_steps, config.max_steps or plan.num_steps)
     layout = layout_of(config, config.max_workers)
@@ -118,6 +110,17 @@ def resolve_order(
         settings=settings,
         held_out=held_out,
     )
+
+
+def _parts(config: TrainConfig, material: Material) -> tuple[Material, Material | None]:
+    """(trained on, held out)."""
+    if not config.eval_share:
+        return material, None
+    if getattr(material, "is_mixed", False):
+        raise InvalidValue("train.eval_share takes rows out of a file whose mix plan counts on them; set train.mix=false or eval_share=0.")
+    from r1ray.train.parts import parted
+
+    return parted(material, config.eval_share, config.seed)
 
 
 def worker_bundles(config: TrainConfig) -> list[dict[str, float]]:

@@ -12,13 +12,14 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from r1ray.engine.admission import check_prompt, clipped_max_tokens
 from r1ray.engine.config import EngineConfig
-from r1ray.engine.mailbox import Mailbox, deliver
+from r1ray.engine.mailbox import Mailbox, chunks_of, deliver
 from r1ray.engine.protocol import EngineState, EngineStats, GenerationRequest, TokenChunk, TokenLogprobs
 from r1ray.engine.vllm.arguments import sampling_arguments
 from r1ray.engine.vllm.worker import Event
@@ -91,17 +92,9 @@ class VllmEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         stream = self._submit(request)
-        ended = False
-        try:
-            while not ended:
-                item = await stream.mailbox.get()
-                ended = isinstance(item, Exception) or item.finish_reason is not None
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-        finally:
-            if not ended:
-                self._actor.abort.remote(request.id)
+        async with aclosing(chunks_of(stream.mailbox, lambda: self._actor.abort.remote(request.id))) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def abort(self, request_id: str) -> None:
         if request_id in self._open:

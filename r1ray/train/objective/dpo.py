@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from r1ray.data.preferences import LoadedPairs, read_preferences
-from r1ray.settings import Settings
-from r1ray.train import heldout
-from r1ray.train.objective.base import Bench, Objective
-from r1ray.train.pairs import PairLimits, PairSet, tokenise_pairs
+from r1ray.train.objective.base import Bench
+from r1ray.train.objective.paired import Paired
+from r1ray.train.pairs import PairSet
 from r1ray.train.reference import Reference
-from r1ray.types import Artifact
 
 if TYPE_CHECKING:
-    from r1ray.train.config import FinetuneConfig
     from r1ray.train.objective.dpo_trainer import PreferenceTrainer
 
 __all__ = ["Preferences"]
 
 
-class Preferences(Objective):
-    """Pairs in any format; the loss is the mean over the batch's pairs."""
-
-    def read(self, config: FinetuneConfig) -> LoadedPairs:
-        return read_preferences(config.data)
-
-    def prepare(self, rows: LoadedPairs, base: Artifact, config: FinetuneConfig, settings: Settings) -> PairSet:
-        limits = PairLimits(max_length=config.train.max_length, eval_share=config.train.dpo.eval_share, seed=config.train.seed)
-        return tokenise_pairs(rows, base, config.data, limits, settings.cache)
+class Preferences(Paired):
+    """DPO's losses, against a reference computed once."""
 
     def trainer(self, bench: Bench) -> PreferenceTrainer:
         from r1ray.train.objective.dpo_trainer import PreferenceTrainer, dpo_arguments
@@ -51,7 +38,3 @@ class Preferences(Objective):
         trainer.judge_on(held_out, order.run_directory)
         trainer.refer_to(Reference.of(order))
         return trainer
-
-    def closing(self, run_directory: Path, say: Callable[[str], object]) -> dict[str, float]:
-        """How often, and by how much, the better of two held-out answers is preferred; before and after."""
-        return heldout.told(run_directory, say)

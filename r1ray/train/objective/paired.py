@@ -1,0 +1,36 @@
+"""What the objectives of pairs share: the rows, their tokens, and what the held-out ones say before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from r1ray.data.preferences import LoadedPairs, read_preferences
+from r1ray.settings import Settings
+from r1ray.train import heldout
+from r1ray.train.objective.base import Objective
+from r1ray.train.pairs import PairLimits, PairSet, tokenise_pairs
+from r1ray.types import Artifact
+
+if TYPE_CHECKING:
+    from r1ray.train.config import FinetuneConfig
+
+__all__ = ["Paired"]
+
+
+class Paired(Objective):
+    """Pairs in any format; the loss is the mean over the batch's pairs."""
+
+    def read(self, config: FinetuneConfig) -> LoadedPairs:
+        return read_preferences(config.data)
+
+    def prepare(self, rows: LoadedPairs, base: Artifact, config: FinetuneConfig, settings: Settings) -> PairSet:
+        train = config.train
+        eval_share = train.dpo.eval_share if train.objective == "dpo" else train.reward.eval_share
+        limits = PairLimits(max_length=train.max_length, eval_share=eval_share, seed=train.seed)
+        return tokenise_pairs(rows, base, config.data, limits, settings.cache)
+
+    def closing(self, run_directory: Path, say: Callable[[str], object]) -> dict[str, float]:
+        """How often, and by how much, the better of two held-out answers is ahead; before and after."""
+        return heldout.told(run_directory, say)
