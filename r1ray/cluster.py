@@ -47,8 +47,8 @@ _LAUNCHER_CONFIG = Path("~/ray_bootstrap_config.yaml")  # where the cluster laun
 _log = logging.getLogger(__name__)
 
 _ENVIRONMENT = {
-    # ray.train.report() blocks until the controller's next poll, 2 s by default.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # ray.train.report() blocks until the controller's next poll, 2 s by default; each poll takes time from the workers' cores.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
     "RAY_TRAIN_V2_ENABLED": "1",
     # Workers run niced by default and starve beside anything else on the machine.

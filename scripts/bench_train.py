@@ -1,11 +1,12 @@
 """Step time and memory of training on Ray + DeepSpeed against plain torch DDP and DeepSpeed's bare loop, in one run.
 
-    scripts/bench train [--json FILE] [--rows lora,full,scaling] [--steps 8]
+    scripts/bench train [--json FILE] [--rows lora,full,scaling] [--steps 8] [--rounds 3]
 
 SmolLM2-135M in bfloat16 on the bank demo's dialogues, 2 workers of one compute thread each, the same batches and the same loss for all.
 `ours` is what jobs/finetune.py runs: Ray Train, TRL's trainer, DeepSpeed ZeRO-2, float32 masters, progress and reports. `ddp` has no
 masters and does less. `deepspeed` is the same configuration in a bare loop, so ours / deepspeed is the share of Ray and TRL. `scaling` is
-one worker against two, one thread each. A figure is the median step without the first two; memory is the largest worker's peak.
+one worker against two, one thread each. All train by turns, round after round, on the same batches: a figure is the median step without
+the first two of each round, a ratio the median of the ratios step by step, memory the largest worker's peak.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import argparse
 import json
 import os
 import pickle
+import shutil
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +54,30 @@ console = console if console.is_terminal else Console(width=120)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One training: `step_s` is the median, `tokens_per_s` of those steps, `peak_mb` of the largest worker."""
+    """One training, all its rounds: seconds of each step but the first two, tokens of them, peak of the largest worker."""
 
     method: str
     what: str
     workers: int
-    step_s: float
-    tokens_per_s: float
+    steps_s: list[float]
+    tokens: int
     peak_mb: float
+
+    def __add__(self, later: Row) -> Row:
+        more = {"steps_s": self.steps_s + later.steps_s, "tokens": self.tokens + later.tokens}
+        return replace(self, **more, peak_mb=max(self.peak_mb, later.peak_mb))
+
+    @property
+    def step_s(self) -> float:
+        return statistics.median(self.steps_s)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / sum(self.steps_s)
+
+    def over(self, other: Row) -> float:
+        """How many times as long the same steps take."""
+        return statistics.median(mine / theirs for mine, theirs in zip(self.steps_s, other.steps_s, strict=True))
 
 
 def ordered(method: str, workers: int, steps: int, settings: Settings) -> Any:
@@ -86,6 +106,8 @@ def ours(order: Any) -> Row:
     from r1ray.train.fit import fit
     from r1ray.train.progress import curve
 
+    shutil.rmtree(order.run_directory)  # of the round before
+    order.run_directory.mkdir()
     stop, found = threading.Event(), [0]
     watcher = threading.Thread(target=largest_resident, args=(stop, found), daemon=True)
     watcher.start()
@@ -122,9 +144,14 @@ def peer(order: Any, framework: str, folder: Path) -> Row:
 
 
 def row(order: Any, what: str, seconds: list[float], tokens: list[int], peak: int) -> Row:
-    kept, of_them = seconds[WARM_UP:], tokens[WARM_UP:]
-    config = order.config
-    return Row(config.method, what, config.max_workers, statistics.median(kept), sum(of_them) / sum(kept), peak / 2**20)
+    return Row(order.config.method, what, order.config.max_workers, seconds[WARM_UP:], sum(tokens[WARM_UP:]), peak / 2**20)
+
+
+def rounds(turns: list[Callable[[], Row]], number: int) -> list[Row]:
+    rows = [turn() for turn in turns]
+    for _ in range(number - 1):
+        rows = [row + turn() for row, turn in zip(rows, turns, strict=True)]
+    return rows
 
 
 def show(rows: list[Row]) -> None:
@@ -135,10 +162,10 @@ def show(rows: list[Row]) -> None:
         against = by.get((each.method, "ours", 2))
         if each.what != "ours" and against is not None:
             limit = WANTED[each.method] if each.what == "ddp" else RAY_SHARE
-            value = against.step_s / each.step_s
+            value = against.over(each)
             ratio, wanted = f"ours {value:.2f}x", f"at most {limit:.2f}x{'' if value <= limit else '  MISSED'}"
         elif each.workers == 1 and against is not None:
-            value = each.step_s / against.step_s
+            value = each.over(against)
             ratio, wanted = f"2 workers {value:.2f}x faster", f"at least {SCALING:.1f}x{'' if value >= SCALING else '  MISSED'}"
         figures = f"{each.step_s:.3f}", f"{each.tokens_per_s:.0f}", f"{each.peak_mb:.0f}"
         table.add_row(each.method, each.what, str(each.workers), *figures, ratio, wanted)
@@ -148,22 +175,26 @@ def show(rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
-    parser.add_argument("--rows", default="lora,full,scaling", help="comma-separated parts")
+    parser.add_argument("--rows", default="lora,full,scaling", help="comma-separated parts; scaling needs lora")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     parts = arguments.rows.split(",")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="r1ray-train-") as folder:
-        settings = Settings(home=Path(folder))
+        settings, place = Settings(home=Path(folder)), Path(folder)
         for method in ("lora", "full"):
             if method in parts:
-                order = ordered(method, 2, arguments.steps, settings)
-                rows += [peer(order, "ddp", Path(folder)), ours(order), peer(order, "deepspeed", Path(folder))]
-        if "scaling" in parts:
-            rows.append(ours(ordered("lora", 1, arguments.steps, settings)))
+                two = ordered(method, 2, arguments.steps, settings)
+                turns = [partial(peer, two, "ddp", place), partial(ours, two), partial(peer, two, "deepspeed", place)]
+                if method == "lora" and "scaling" in parts:
+                    turns.append(partial(ours, ordered(method, 1, arguments.steps, settings)))
+                rows += rounds(turns, arguments.rounds)
     show(rows)
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(each) for each in rows], indent=1))
+        arguments.json.write_text(
+            json.dumps([{**asdict(each), "step_s": each.step_s, "tokens_per_s": each.tokens_per_s} for each in rows], indent=1)
+        )
 
 
 if __name__ == "__main__":
