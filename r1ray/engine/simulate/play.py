@@ -1,99 +1,25 @@
-"""Continuous batching without a model: predicts waiting times and throughput from how long a step takes.
+"""A trace played by the engine's rules: streams share every step, prompts are read in pieces beside them, a stream keeps its slot, and
+when the KV cache is full the youngest stream gives its blocks back and is computed again later.
 
-Takes arrivals, lengths, the scheduler's limits and a `StepTime`; gives percentiles. Plays the engine's rules: streams share every
-step, prompts are read in pieces beside them, a stream keeps its slot, and when the KV cache is full the youngest stream gives its
-blocks back and is computed again later. Between two events all steps are alike, so they are taken in one leap: ten thousand requests
-take about a second. Knows no hardware: where a step's time comes from (`fit` on measured steps, or a plan) is the caller's business.
+Between two events all steps are alike, so they are taken in one leap: ten thousand requests take about a second.
 """
 
 from __future__ import annotations
 
-import csv
 import heapq
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from r1ray.engine.simulate.arrivals import Trace
+from r1ray.engine.simulate.costs import StepTime
 from r1ray.errors import InvalidValue
 
-__all__ = ["Limits", "Outcome", "Sample", "StepCost", "StepTime", "Trace", "fit", "lengths", "poisson", "read_trace", "simulate"]
-
-REWEIGHTED = 5
-SPREAD = 0.6  # sigma of the log-normal that `~512` stands for: the 90th percentile is twice the median
-
-
-class StepTime(Protocol):
-    """How long a step takes that reads `prefill_tokens` of prompts and draws a token for each of `rows` streams.
-
-    `context_tokens` are the positions that those streams attend to, summed. At equal rows the time must be nearly a straight line over
-    them: a leap takes the mean of its first and its last step.
-    """
-
-    def seconds(self, prefill_tokens: float, rows: float, context_tokens: float) -> float: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepCost:
-    """The StepTime of straight lines: `fixed` plus what is in the step."""
-
-    fixed: float
-    per_prefill_token: float
-    per_row: float
-    per_context_token: float
-
-    def seconds(self, prefill_tokens: float, rows: float, context_tokens: float) -> float:
-        return self.fixed + prefill_tokens * self.per_prefill_token + rows * self.per_row + context_tokens * self.per_context_token
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """Measured: `seconds` for `steps` steps, everything else summed over them."""
-
-    seconds: float
-    prefill_tokens: float = 0
-    rows: float = 0
-    context_tokens: float = 0
-    steps: float = 1
-
-
-def fit(samples: Sequence[Sample]) -> StepCost:
-    """Least squares on errors relative to what is expected, no cost below zero.
-
-    Relative to what was measured they would count a slow sample for less than a quick one, and noise would make every cost too small.
-
-    Raises:
-        InvalidValue: fewer samples than unknowns, or a step that took no time.
-    """
-    if len(samples) < 4 or any(sample.seconds <= 0 for sample in samples):
-        raise InvalidValue(f"A step cost has 4 unknowns; {len(samples)} samples, all longer than 0 s, are too few. Measure more steps.")
-    seconds = np.array([sample.seconds for sample in samples])
-    parts = np.array([(s.steps, s.prefill_tokens, s.rows, s.context_tokens) for s in samples], dtype=float)
-    expected = seconds
-    for _ in range(REWEIGHTED):
-        costs = _least_squares(parts / expected[:, None], seconds / expected)
-        expected = np.maximum(parts @ costs, 0.1 * seconds)
-    fixed, per_prefill_token, per_row, per_context_token = map(float, costs)
-    return StepCost(fixed=fixed, per_prefill_token=per_prefill_token, per_row=per_row, per_context_token=per_context_token)
-
-
-def _least_squares(parts: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Costs of the parts; one that would be negative is left out."""
-    used = list(range(parts.shape[1]))
-    while True:
-        scale = np.maximum(np.abs(parts[:, used]).max(axis=0), 1e-30)
-        solved = np.linalg.lstsq(parts[:, used] / scale, wanted, rcond=None)[0] / scale
-        if (solved >= 0).all():
-            break
-        used.pop(int(np.argmin(solved * scale)))
-    costs = np.zeros(parts.shape[1])
-    costs[used] = solved
-    return costs
+__all__ = ["Limits", "Outcome", "simulate"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,60 +34,6 @@ class Limits:
     idle_factor: int = 4
     cache_tokens: int | None = None
     max_waiting: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """Requests in order of arrival: seconds, prompt tokens, answer tokens."""
-
-    arrivals: NDArray[np.float64]
-    prompts: NDArray[np.int64]
-    answers: NDArray[np.int64]
-
-    def __post_init__(self) -> None:
-        if not len(self.arrivals) == len(self.prompts) == len(self.answers) or len(self.arrivals) == 0:
-            raise InvalidValue("A trace needs as many arrivals as prompts and answers, at least one. Mend the trace.")
-        if (np.diff(self.arrivals) < 0).any() or (self.prompts < 1).any() or (self.answers < 1).any():
-            raise InvalidValue("A trace's arrivals must not fall and its lengths must be at least 1. Sort it and drop empty requests.")
-
-
-def lengths(text: str, num: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """`512` always that; `128-1024` evenly between; `~512` log-normal around that median, as lengths of chats are.
-
-    Raises:
-        InvalidValue: another form.
-    """
-    try:
-        if text.startswith("~"):
-            drawn = np.exp(rng.normal(math.log(int(text[1:])), SPREAD, num))
-            return np.maximum(1, np.rint(drawn)).astype(np.int64)
-        low, _, high = text.partition("-")
-        return rng.integers(int(low), int(high or low), num, endpoint=True)
-    except ValueError as error:
-        raise InvalidValue(f"{text!r} is no length: {error}. Write 512, 128-1024 or ~512.") from error
-
-
-def poisson(*, rate: float, num: int, prompt: str, answer: str, seed: int) -> Trace:
-    """`num` requests at `rate` per second on average, without memory; lengths as `lengths` reads them."""
-    if rate <= 0 or num < 1:
-        raise InvalidValue(f"rate {rate} and number {num} must be above 0. Raise them.")
-    rng = np.random.default_rng(seed)
-    return Trace(np.cumsum(rng.exponential(1 / rate, num)), lengths(prompt, num, rng), lengths(answer, num, rng))
-
-
-def read_trace(path: Path) -> Trace:
-    """A CSV with the columns arrival_s, prompt_tokens, answer_tokens.
-
-    Raises:
-        InvalidValue: the file is missing, lacks a column or has a value that is no number.
-    """
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [(float(row["arrival_s"]), int(row["prompt_tokens"]), int(row["answer_tokens"])) for row in csv.DictReader(file)]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InvalidValue(f"{path} is no trace: {error!r}. Give a CSV of arrival_s,prompt_tokens,answer_tokens.") from error
-    arrivals, prompts, answers = zip(*rows, strict=True) if rows else ((), (), ())
-    return Trace(np.array(arrivals, dtype=float), np.array(prompts, dtype=np.int64), np.array(answers, dtype=np.int64))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
