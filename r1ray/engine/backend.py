@@ -52,7 +52,7 @@ class Immediate:
 
 
 class Backend(Protocol):
-    """`precision` names what the weights are held in; `adapters` those that `Piece.adapter` may name.
+    """`precision` names what the weights are held in.
 
     `lacks` are the engine's capabilities that need more than logits and are not to be had here.
     """
@@ -61,9 +61,6 @@ class Backend(Protocol):
     num_blocks: int
     precision: str
     lacks: frozenset[str]
-
-    @property
-    def adapters(self) -> frozenset[str]: ...
 
     def forward(self, pieces: Sequence[Piece]) -> Tensor:
         """Compute all pieces in one pass: (W, vocab_size) logits of the tokens that want them, in order."""
@@ -85,8 +82,11 @@ class Backend(Protocol):
         """Take the PEFT directory at `path`; replaces an adapter of that name.
 
         Raises:
-            AdapterMismatch: no adapter lies there, or it is not one of this model.
+            AdapterMismatch: no adapter lies there, or it is not one of this model; one of that name stays as it was.
         """
+
+    def unload_adapter(self, name: str) -> None:
+        """Give the memory of a loaded adapter back; no piece names it any more."""
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Overwrite what a failed stream may have left: a NaN under a mask would still spoil the next owner's sums."""

@@ -19,19 +19,20 @@ from contextlib import aclosing
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from r1ray.engine.admission import check_prompt, clipped_max_tokens
-from r1ray.engine.backend import BLOCK_SIZE, Backend, Piece
+from r1ray.engine.backend import BLOCK_SIZE, Backend
 from r1ray.engine.beam import BEAM, Ranking, search_beams
 from r1ray.engine.blocks import BlockPool
 from r1ray.engine.cap import BatchCap
 from r1ray.engine.config import EngineConfig
+from r1ray.engine.loaded import LoadedAdapters
 from r1ray.engine.mailbox import Mailbox, chunks_of, deliver
-from r1ray.engine.protocol import EngineState, EngineStats, FinishReason, GenerationRequest, TokenChunk
-from r1ray.engine.sampler import Drawn, new_rng, prompt_logprobs, sample
+from r1ray.engine.passes import chunk_of, piece_of, scored
+from r1ray.engine.protocol import EngineState, EngineStats, GenerationRequest, TokenChunk
+from r1ray.engine.sampler import Drawn, new_rng, sample
 from r1ray.engine.scheduler import Scheduler, Segment, Stream
-from r1ray.errors import EngineStopped, GenerationFailed, InvalidRequest, QueueFull, R1RayError, UnknownAdapter
+from r1ray.errors import EngineStopped, GenerationFailed, InvalidRequest, QueueFull, R1RayError
 
 __all__ = ["BatchingEngine"]
 
@@ -88,7 +89,9 @@ class BatchingEngine:
         self._error: str | None = None
         self._lock = threading.Lock()
         self._open: dict[str, Stream] = {}
-        self._loads: set[Future[None]] = set()
+        self._searches: list[GenerationRequest] = []
+        self._adapters = LoadedAdapters()
+        self._awaited: set[Future[None]] = set()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="r1ray-engine", daemon=True)
         self._post: Post = []
@@ -114,13 +117,23 @@ class BatchingEngine:
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         if request.num_beams == 1:
             return self._one(request)
-        return search_beams(request, self._ranking(request), self._submit, self._abandon)
+        return self._search(request)
 
     async def _one(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         stream = self._submit(request)
         async with aclosing(chunks_of(stream.mailbox, lambda: self._abandon(stream))) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+    async def _search(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
+        self._searches.append(request)  # its streams may all have ended when it begins another
+        try:
+            async with aclosing(search_beams(request, self._ranking(request), self._submit, self._abandon)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        finally:
+            self._searches.remove(request)
+            self._inbox.put(self._let_go)
 
     def _ranking(self, request: GenerationRequest) -> Ranking:
         has_room = self.config.num_slots - len(self._open) >= request.num_beams
@@ -142,12 +155,25 @@ class BatchingEngine:
             self._abandon(stream)
 
     async def load_adapter(self, name: str, path: Path) -> None:
-        done: Future[None] = Future()
         with self._lock:
-            self._check_running()
-            self._loads.add(done)
+            done = self._promise()
         self._inbox.put(lambda: self._load(done, name, path))
         await asyncio.wrap_future(done)
+
+    async def unload_adapter(self, name: str) -> None:
+        with self._lock:
+            self._adapters.number(name)
+            self._adapters.leave(name, done := self._promise())
+        self._inbox.put(self._let_go)
+        await asyncio.wrap_future(done)
+
+    def _promise(self) -> Future[None]:
+        """Kept by the engine's thread, at its end if need be, also when nobody waits any more."""
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # a waiter that is cancelled cannot cancel it
+        self._check_running()
+        self._awaited.add(done)
+        return done
 
     async def stop(self, drain_s: float = 0.0) -> None:
         with self._lock:
@@ -188,8 +214,6 @@ class BatchingEngine:
     def _submit(self, request: GenerationRequest, *, room: int = 1) -> Stream:
         """`room`: for how many streams there must be room in the queue; 0 for one that carries on what runs already."""
         check_prompt(request, context_length=self.context_length, vocab_size=self._backend.vocab_size)
-        if request.adapter is not None and request.adapter not in self._backend.adapters:
-            raise UnknownAdapter(f"No adapter {request.adapter!r} is loaded; loaded: {sorted(self._backend.adapters)}. Load it first.")
         stream = Stream(
             request=request,
             mailbox=Mailbox(),
@@ -200,6 +224,7 @@ class BatchingEngine:
         with self._lock:
             if room or self._state != "draining":
                 self._check_running()
+            stream.adapter_number = self._adapters.number(request.adapter, carries_on=not room)
             if request.id in self._open:
                 raise InvalidRequest(f"Request id {request.id} is running already. Give each request its own id.")
             if room and len(self._open) + room > self.config.num_slots + self.config.max_waiting:
@@ -258,7 +283,7 @@ class BatchingEngine:
     def _step(self) -> None:
         """1. plan and submit passes up to the backend's depth  2. wait for the oldest  3. draw and book its tokens  4. post them."""
         while len(self._under_way) < self._backend.depth and (plan := self._scheduler.plan()):
-            self._under_way.append((plan, self._backend.submit([_piece(segment) for segment in plan])))
+            self._under_way.append((plan, self._backend.submit([piece_of(segment) for segment in plan])))
         if not self._under_way:
             return
         plan, submitted = self._under_way.popleft()
@@ -266,7 +291,7 @@ class BatchingEngine:
         alive = self._scheduler.computed(plan)
         drawing = [segment.stream for segment in plan if segment.completes]
         if any(segment.num_logits != segment.completes for segment in plan):
-            logits = _scored(logits, plan)
+            logits = scored(logits, plan)
         drawn = sample(logits, drawing) if drawing else []
         for stream, token in zip(drawing, drawn, strict=True):
             if stream in alive:
@@ -298,7 +323,7 @@ class BatchingEngine:
         self._counts["generated"] += 1
         reason = stream.finish_reason
         hidden = reason == "stop" and not stream.request.keep_stop
-        chunk = _chunk(stream, reason) if hidden else _chunk(stream, reason, drawn)
+        chunk = chunk_of(stream, reason) if hidden else chunk_of(stream, reason, drawn)
         if reason is None:
             self._post.append((stream.mailbox, chunk))
         else:
@@ -306,19 +331,36 @@ class BatchingEngine:
 
     def _abort(self, stream: Stream) -> None:
         if self._open.get(stream.request.id) is stream:
-            self._close(stream, _chunk(stream, "abort"), "aborted")
+            self._close(stream, chunk_of(stream, "abort"), "aborted")
 
     def _load(self, done: Future[None], name: str, path: Path) -> None:
         try:
-            replaced = name in self._backend.adapters
             self._backend.load_adapter(name, path)
-            if replaced:
-                self._pool.forget_all()
         except Exception as error:  # handed to whoever awaits it; the streams run on
-            done.set_exception(error)
-        else:
-            done.set_result(None)
-        self._loads.discard(done)
+            self._keep([done], error)
+            return
+        with self._lock:
+            number, waits = self._adapters.came(name)
+            for stream in self._open.values():
+                if stream.request.adapter == name:
+                    stream.renumber(self._adapters.new_number() if stream.blocks else number)
+        self._keep([done] if waits is None else [done, waits])
+
+    def _let_go(self) -> None:
+        """Drop the unloaded adapters that nobody uses any more."""
+        with self._lock:
+            users = {request.adapter for request in (*(stream.request for stream in self._open.values()), *self._searches)}
+            unused = self._adapters.unused(users)
+        for name in unused:
+            self._backend.unload_adapter(name)
+            with self._lock:
+                waits = self._adapters.gone(name)
+            self._keep([waits])
+
+    def _keep(self, promises: Sequence[Future[None]], error: Exception | None = None) -> None:
+        self._awaited.difference_update(promises)
+        for done in promises:
+            done.set_result(None) if error is None else done.set_exception(error)
 
     def _close(self, stream: Stream, last: TokenChunk | Exception, counter: str) -> None:
         self._scheduler.remove(stream)
@@ -326,6 +368,8 @@ class BatchingEngine:
             self._open.pop(stream.request.id, None)
         self._counts[counter] += 1
         self._post.append((stream.mailbox, last))
+        if self._adapters.are_leaving:
+            self._let_go()
 
     def _flush(self) -> None:
         if self._post:
@@ -338,51 +382,11 @@ class BatchingEngine:
             if self._state != "failed":
                 self._state = "stopped"
             streams, self._open = list(self._open.values()), {}
-            loads, self._loads = self._loads, set()
+            awaited = list(self._awaited)
         self._post += [(s.mailbox, self._death()) for s in streams]
         self._flush()
-        for done in loads:
-            done.set_exception(self._death())
+        self._keep(awaited, self._death())
         self._backend.close()
-
-
-def _piece(segment: Segment) -> Piece:
-    stream = segment.stream
-    return Piece(
-        ids=stream.ids(segment.start, segment.num),
-        start=segment.start,
-        table=stream.blocks,
-        num_logits=segment.num_logits,
-        adapter=stream.request.adapter,
-    )
-
-
-def _scored(logits: Tensor, plan: Sequence[Segment]) -> Tensor:
-    """Book the logprobs of prompt tokens; what is left are the rows that a token is drawn from."""
-    last_rows, first = [], 0
-    for segment in plan:
-        stream, rows = segment.stream, logits[first : first + segment.num_logits]
-        first += segment.num_logits
-        if segment.completes:
-            last_rows.append(first - 1)
-        if not stream.is_scored:
-            following = stream.request.prompt_ids[segment.start + 1 : segment.start + 1 + segment.num]
-            known = len(stream.prompt_logprobs) - segment.start  # more than nothing after a preemption
-            stream.prompt_logprobs += prompt_logprobs(rows[: len(following)], following)[known:]
-    return logits[last_rows]
-
-
-def _chunk(stream: Stream, reason: FinishReason | None, drawn: Drawn | None = None) -> TokenChunk:
-    request = stream.request
-    return TokenChunk(
-        request_id=request.id,
-        token_ids=() if drawn is None else (drawn.token,),
-        finish_reason=reason,
-        num_prompt_tokens=len(request.prompt_ids),
-        num_cached_tokens=stream.num_cached,
-        logprobs=() if drawn is None or drawn.logprobs is None else (drawn.logprobs,),
-        prompt_logprobs=tuple(stream.prompt_logprobs) if len(stream.generated) == 1 else (),
-    )
 
 
 def _halt(inbox: queue.SimpleQueue[Callable[[], None] | None], thread: threading.Thread) -> None:

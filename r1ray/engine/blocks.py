@@ -98,7 +98,3 @@ class BlockPool:
                 if block in self._idle:
                     del self._idle[block]
                     self._free.append(block)
-
-    def forget_all(self) -> None:
-        """What was computed is no longer what would be: an adapter was replaced."""
-        self.forget(list(self._key_of))

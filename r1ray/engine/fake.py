@@ -39,11 +39,12 @@ class FakeEngine:
         self.capabilities = frozenset({"abort", "adapters", "seed"})
         self.context_length = min(context_length, self.config.max_context or context_length)
         self.adapters: dict[str, Path] = {}
+        self._leaving: set[str] = set()
         self._answer = answer
         self._state: EngineState = "new"
         self._error: str | None = None
         self._waiting: list[GenerationRequest] = []
-        self._running: set[str] = set()
+        self._running: dict[str, GenerationRequest] = {}
         self._aborted: set[str] = set()
         self._counts = {"prompt": 0, "generated": 0, "finished": 0, "aborted": 0}
 
@@ -68,6 +69,17 @@ class FakeEngine:
 
     async def load_adapter(self, name: str, path: Path) -> None:
         self.adapters[name] = path
+        self._leaving.discard(name)
+
+    async def unload_adapter(self, name: str) -> None:
+        if name not in self.adapters.keys() - self._leaving:
+            raise self._unknown(name)
+        self._leaving.add(name)
+        while name in self._leaving and any(r.adapter == name for r in (*self._running.values(), *self._waiting)):
+            await asyncio.sleep(POLL_S)
+        if name in self._leaving:
+            self._leaving.remove(name)
+            del self.adapters[name]
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -113,8 +125,8 @@ class FakeEngine:
         if self._state != "running":
             raise self._death()
         check_prompt(request, context_length=self.context_length)
-        if request.adapter is not None and request.adapter not in self.adapters:
-            raise UnknownAdapter(f"No adapter {request.adapter!r} is loaded; loaded: {sorted(self.adapters)}. Load it first.")
+        if request.adapter is not None and request.adapter not in self.adapters.keys() - self._leaving:
+            raise self._unknown(request.adapter)
         if request.id in self._running or any(r.id == request.id for r in self._waiting):
             raise InvalidRequest(f"Request id {request.id} is running already. Give each request its own id.")
         num_free = self.config.num_slots - len(self._running) - len(self._waiting)
@@ -130,14 +142,18 @@ class FakeEngine:
                 return
             await asyncio.sleep(POLL_S)
         self._waiting.remove(request)
-        self._running.add(request.id)
+        self._running[request.id] = request
 
     def _release(self, request: GenerationRequest, finish: FinishReason | None) -> None:
-        self._running.discard(request.id)
+        self._running.pop(request.id, None)
         self._aborted.discard(request.id)
         if request in self._waiting:
             self._waiting.remove(request)
         self._counts["finished" if finish in ("stop", "length") else "aborted"] += 1
+
+    def _unknown(self, name: str) -> UnknownAdapter:
+        loaded = sorted(self.adapters.keys() - self._leaving)
+        return UnknownAdapter(f"No adapter {name!r} is loaded; loaded: {loaded}. Load it first.")
 
     def _check_alive(self) -> None:
         limit = self.config.fake.fail_after_tokens

@@ -75,10 +75,6 @@ class OnnxBackend(Immediate):
         self._bound: dict[tuple[int, int], Any] = {}  # (first row, number of rows) -> its binding to the cache
         self._bound_to = self._rows.generation
 
-    @property
-    def adapters(self) -> frozenset[str]:
-        return frozenset()
-
     def forward(self, pieces: Sequence[Piece]) -> Tensor:
         places = self._rows.place(pieces)
         parts: dict[int, Tensor] = {}
@@ -97,6 +93,9 @@ class OnnxBackend(Immediate):
         raise AdapterMismatch(
             f"An ONNX export takes no adapter beside its weights; {name} at {path} cannot be loaded. Export the adapter's version."
         )
+
+    def unload_adapter(self, name: str) -> None:
+        """None is ever loaded."""
 
     def clear(self, blocks: Sequence[int]) -> None:
         self._rows.clear(blocks)

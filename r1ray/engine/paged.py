@@ -45,10 +45,6 @@ class TransformersBackend(Immediate):
         self.vocab_size: int = model.config.get_text_config().vocab_size
         self.precision = str(model.dtype).removeprefix("torch.")
 
-    @property
-    def adapters(self) -> frozenset[str]:
-        return self._adapters.names
-
     def forward(self, pieces: Sequence[Piece]) -> Tensor:
         """One pass per adapter: PEFT's layers apply one adapter at a time."""
         logits: dict[int, list[Tensor]] = {}
@@ -80,6 +76,9 @@ class TransformersBackend(Immediate):
 
     def load_adapter(self, name: str, path: Path) -> None:
         self._adapters.load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        self._adapters.unload(name)
 
     def clear(self, blocks: Sequence[int]) -> None:
         self._cache.clear(blocks)

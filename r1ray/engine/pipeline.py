@@ -65,7 +65,6 @@ class PipelineBackend:
 
     def __init__(self, orders: Sequence[StageOrder], *, hidden: int, resources: Mapping[str, float]) -> None:
         self.depth = len(orders)
-        self.adapters: frozenset[str] = frozenset()
         self.lacks = frozenset({"adapters"})
         self.num_blocks = orders[-1].num_blocks
         self._hidden = hidden
@@ -113,6 +112,9 @@ class PipelineBackend:
         raise AdapterMismatch(
             f"A pipeline of {self._world} stages serves one merged model; adapter {name} at {path} cannot be put beside it."
         )
+
+    def unload_adapter(self, name: str) -> None:
+        """None is ever loaded."""
 
     def clear(self, blocks: Sequence[int]) -> None:
         for rank in range(1, self._world):

@@ -137,7 +137,20 @@ class Engine(Protocol):
     def stats(self) -> EngineStats: ...
 
     async def load_adapter(self, name: str, path: Path) -> None:
-        """Make the adapter directory at `path` usable as `request.adapter = name`, while streams run. Replaces one of that name."""
+        """Make the adapter directory at `path` usable as `request.adapter = name`, while streams run. Replaces one of that name.
+
+        Raises:
+            AdapterMismatch: no adapter lies there, or the model cannot take it; one of that name stays as it was.
+        """
+
+    async def unload_adapter(self, name: str) -> None:
+        """Refuse new requests for the adapter at once, let running ones end, then give its memory back; returns when that is done.
+
+        It goes on when the caller is cancelled. Loading one of that name meanwhile makes the name usable again.
+
+        Raises:
+            UnknownAdapter: no adapter of that name is loaded, or it was unloaded before.
+        """
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Refuse new requests, give running ones `drain_s` seconds, then end the rest with EngineStopped."""

@@ -30,6 +30,7 @@ class Stream:
     """One accepted request on its way. `num_computed` counts the leading tokens whose keys and values are in its `blocks`.
 
     `keys` are those of its leading full blocks as far as they were needed; `num_cached` counts prompt tokens that were found computed.
+    `adapter_number` tells the adapter that computes it from others, earlier ones of the same name included.
     """
 
     request: GenerationRequest
@@ -45,6 +46,7 @@ class Stream:
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     arrival: int = 0
+    adapter_number: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -71,7 +73,12 @@ class Stream:
     @property
     def salt(self) -> str:
         """What must be equal for two streams to share blocks."""
-        return f"{self.request.adapter or ''}\0{self.request.cache_salt}"
+        return f"{self.adapter_number}\0{self.request.cache_salt}"
+
+    def renumber(self, adapter_number: int) -> None:
+        """Its adapter was replaced: what it computes from now on is not what others find, or would find, under the old number."""
+        self.adapter_number = adapter_number
+        self.keys = []
 
     @property
     def finish_reason(self) -> FinishReason | None:

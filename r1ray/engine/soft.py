@@ -48,10 +48,6 @@ class SoftPrompted(Backend):
         self._write(soft)
 
     @property
-    def adapters(self) -> frozenset[str]:
-        return frozenset(self._inner.adapters)
-
-    @property
     def depth(self) -> int:
         return int(self._inner.depth)
 
@@ -71,6 +67,9 @@ class SoftPrompted(Backend):
 
     def load_adapter(self, name: str, path: Path) -> None:
         self._inner.load_adapter(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        self._inner.unload_adapter(name)
 
     def clear(self, blocks: Sequence[int]) -> None:
         self._inner.clear(blocks)

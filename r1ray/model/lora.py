@@ -47,15 +47,20 @@ def read_lora(path: Path) -> LowRank:
     """The updates of the adapter in the PEFT directory at `path`.
 
     Raises:
-        AdapterMismatch: no adapter lies there, it is more than plain LoRA, or a matrix has no partner.
+        AdapterMismatch: no adapter lies there or a damaged one, it is more than plain LoRA, or a matrix has no partner.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if why := why_not_plain(path):
         raise AdapterMismatch(f"The adapter at {path} cannot be applied as low-rank updates: {why}. Merge it into its base first.")
     config = read_json(path / _CONFIG)
+    try:
+        tensors = load_file(path / _WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise AdapterMismatch(f"The adapter at {path} cannot be read: {error}. Copy or train it again.") from error
     halves: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in load_file(path / _WEIGHTS).items():
+    for name, tensor in tensors.items():
         module, found, half = name.removeprefix(_PREFIX).rpartition(".lora_")
         if not found or half not in ("A.weight", "B.weight"):
             raise AdapterMismatch(f"The adapter at {path} changes {name}, which is no low-rank update. Merge it into its base first.")

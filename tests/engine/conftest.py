@@ -211,3 +211,14 @@ async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.001)
+
+
+def adapter(model_directory: Path, out: Path, seed: int) -> Path:
+    """A LoRA adapter of the lively model that changes its answers."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(lively(model_directory), config).save_pretrained(out)
+    return out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import importlib.util
 import math
 import random
 import time
@@ -14,10 +13,8 @@ from pathlib import Path
 import pytest
 
 from r1ray.errors import EngineStopped, GenerationFailed, InvalidRequest, PromptTooLong, QueueFull, UnknownAdapter
+from tests.engine import conftest as kit
 
-_spec = importlib.util.spec_from_file_location("engine_fixtures", Path(__file__).with_name("conftest.py"))
-kit = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(kit)
 collect, lively, prompts, running, tokens, until, wanted = (
     kit.collect, kit.lively, kit.prompts, kit.running, kit.tokens, kit.until, kit.wanted,
 )  # fmt: skip
@@ -403,19 +400,9 @@ def test_an_engine_that_was_not_started_says_so(tiny_llama):
         asyncio.run(collect(kit.engine_of(lively(tiny_llama)), wanted("a", (5,))))
 
 
-def adapter(model_directory: Path, out: Path, seed: int) -> Path:
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(lively(model_directory), config).save_pretrained(out)
-    return out
-
-
 @WITH_ADAPTERS
 def test_requests_of_different_adapters_run_together(tiny_qwen2, tmp_path, reference, backend):
-    paths = {name: adapter(tiny_qwen2, tmp_path / name, seed) for seed, name in enumerate(("one", "two"), start=1)}
+    paths = {name: kit.adapter(tiny_qwen2, tmp_path / name, seed) for seed, name in enumerate(("one", "two"), start=1)}
     prompt = (5, 6, 7, 8)
     expected = {name: reference(tiny_qwen2, prompt, 12, path) for name, path in paths.items()}
     expected[None] = reference(tiny_qwen2, prompt, 12)

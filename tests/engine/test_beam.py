@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
-import importlib.util
 from contextlib import aclosing
 from pathlib import Path
 
@@ -16,10 +15,7 @@ from r1ray.engine.beam import Candidate, Ranking
 from r1ray.engine.config import EngineConfig
 from r1ray.engine.fake import FakeEngine
 from r1ray.errors import EngineStopped, InvalidRequest, QueueFull
-
-_spec = importlib.util.spec_from_file_location("engine_fixtures", Path(__file__).with_name("conftest.py"))
-kit = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(kit)
+from tests.engine import conftest as kit
 
 BACKENDS = pytest.mark.parametrize("backend", ["transformers", kit.native(), "onnx"])
 NUM_NEW = 24

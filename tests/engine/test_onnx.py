@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import random
 from contextlib import aclosing
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +16,8 @@ from r1ray.engine.config import EngineConfig
 from r1ray.engine.onnx import OnnxBackend, OnnxOptions
 from r1ray.engine.onnx_rows import Rows
 from r1ray.errors import AdapterMismatch, InvalidRequest, PromptTooLong, UnknownAdapter, UnsupportedModel
+from tests.engine import conftest as kit
 
-_spec = importlib.util.spec_from_file_location("onnx_fixtures", Path(__file__).with_name("conftest.py"))
-kit = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(kit)
 lively, running, tokens, until, wanted = kit.lively, kit.running, kit.tokens, kit.until, kit.wanted
 
 

@@ -6,11 +6,9 @@ A setting passes when no token that transformers excludes is ever drawn and the 
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import random
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,10 +27,7 @@ from r1ray.engine.protocol import GenerationRequest
 from r1ray.engine.sampler import sample
 from r1ray.engine.scheduler import Stream
 from r1ray.types import Sampling
-
-_spec = importlib.util.spec_from_file_location("engine_fixtures", Path(__file__).with_name("conftest.py"))
-kit = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(kit)
+from tests.engine import conftest as kit
 
 NUM_DRAWS = 6000
 LEAST_P_VALUE = 1e-3

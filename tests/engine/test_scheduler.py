@@ -10,11 +10,9 @@ from r1ray.engine.scheduler import Scheduler, Stream
 from r1ray.types import Sampling
 
 
-def stream(name, prompt=range(5), adapter=None, priority=0):
-    request = GenerationRequest(
-        id=str(name), prompt_ids=tuple(prompt), sampling=Sampling(max_tokens=100), adapter=adapter, priority=priority
-    )
-    return Stream(request=request, mailbox=None, max_tokens=100, stop_ids=frozenset())
+def stream(name, prompt=range(5), adapter=0, priority=0):
+    request = GenerationRequest(id=str(name), prompt_ids=tuple(prompt), sampling=Sampling(max_tokens=100), priority=priority)
+    return Stream(request=request, mailbox=None, max_tokens=100, stop_ids=frozenset(), adapter_number=adapter)
 
 
 def scheduler(num_slots=3, chunk=10, num_blocks=40, **rest):
@@ -44,7 +42,7 @@ class Memory:
         return plan
 
 
-events = st.tuples(st.sampled_from(["join", "leave", "step", "step"]), st.integers(1, 70), st.sampled_from([None, "a"]))
+events = st.tuples(st.sampled_from(["join", "leave", "step", "step"]), st.integers(1, 70), st.sampled_from([0, 1]))
 
 
 @settings(max_examples=60, deadline=None)
@@ -111,6 +109,6 @@ def test_a_common_beginning_is_shared_and_outlives_its_first_stream():
     plan.remove(first)
     plan.remove(second)
     plan.add(third := stream("third", range(65)))
-    plan.add(other := stream("other", range(65), adapter="a"))
+    plan.add(other := stream("other", range(65), adapter=1))
     memory.step(plan)
     assert (third.num_cached, other.num_cached) == (64, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,7 @@ from r1ray.engine.backend import BLOCK_SIZE
 from r1ray.engine.soft import SoftPrompted, check_soft_prompt
 from r1ray.errors import AdapterMismatch, UnsupportedModel
 from r1ray.model.soft import read_soft_prompt, soft_kind
-
-_spec = importlib.util.spec_from_file_location("engine_fixtures", Path(__file__).with_name("conftest.py"))
-kit = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(kit)
+from tests.engine import conftest as kit
 
 
 def adapted(directory: Path, kind: str, out: Path, num: int = BLOCK_SIZE):

@@ -298,6 +298,18 @@ def test_requests_of_different_adapters_run_together(vllm: Running, tmp_path: Pa
         with pytest.raises(AdapterMismatch, match="nowhere"):
             await engine.load_adapter("broken", tmp_path / "nowhere")
         assert (await long)[:12] == expected["one"]
+        leaving = asyncio.create_task(tokens(engine, request("leaving", num=60, adapter="two")))
+        await until(lambda: engine.stats().num_running == 1)
+        unloading = asyncio.create_task(engine.unload_adapter("two"))
+        await asyncio.sleep(0)
+        for refused in (tokens(engine, request("late", adapter="two")), engine.unload_adapter("two")):
+            with pytest.raises(UnknownAdapter, match=r"loaded: \['one'\]"):
+                await refused
+        assert not unloading.done()
+        assert (await leaving)[:12] == expected["two"]
+        await unloading
+        await engine.load_adapter("three", paths["one"])  # in the place that is free again
+        assert await tokens(engine, request("another", adapter="three")) == expected["one"]
         return got, replaced
 
     got, replaced = vllm.run(scenario)

@@ -78,14 +78,14 @@ class LoraTable:
     _entries: dict[str, list[structs.Lora]] = field(default_factory=dict)
     _held: dict[str, Lora] = field(default_factory=dict)
 
-    @property
-    def names(self) -> frozenset[str]:
-        return frozenset(self._entries)
-
     def put(self, name: str, lora: Lora) -> None:
         """Between two passes only: the old matrices are freed."""
         self._entries[name] = [self._struct(lora, layer, which) for layer in range(self.first, self.last) for which in PROJECTIONS]
         self._held[name] = lora
+
+    def drop(self, name: str) -> None:
+        """Between two passes only."""
+        del self._entries[name], self._held[name]
 
     def of(self, adapters: Sequence[str | None]) -> tuple[Any, list[int]]:
         """The structs of the adapters in a batch, one after the other, and each piece's number among them, -1 for none."""

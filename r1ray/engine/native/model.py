@@ -119,10 +119,6 @@ class NativeModel(Immediate):
         self._keys, self._values = self._cache(options.precision)
         self._decoder: int | None = self._create(config, tensors, options)
 
-    @property
-    def adapters(self) -> frozenset[str]:
-        return self._loras.names
-
     def forward(self, pieces: Sequence[Piece]) -> Tensor:
         return self._run(pieces, None)[1]
 
@@ -139,6 +135,9 @@ class NativeModel(Immediate):
 
     def load_adapter(self, name: str, path: Path) -> None:
         self._loras.put(name, read_adapter(path, self.shape, range(self.first, self.last)))
+
+    def unload_adapter(self, name: str) -> None:
+        self._loras.drop(name)
 
     def clear(self, blocks: Sequence[int]) -> None:
         for tensor in (*self._keys, *self._values):

@@ -116,6 +116,18 @@ class VllmEngine:
             raise AdapterMismatch(f"vLLM refuses the adapter at {path}: {error.cause}. Was it trained on this base?") from error
         self._adapters.add(name)
 
+    async def unload_adapter(self, name: str) -> None:
+        from ray.exceptions import RayActorError
+
+        self._check_running()
+        with self._lock:
+            self._check_adapter(name)
+            self._adapters.remove(name)
+        try:
+            await self._actor.unload_adapter.remote(name)
+        except RayActorError as error:
+            raise self._death() from error
+
     async def stop(self, drain_s: float = 0.0) -> None:
         with self._lock:
             if self._state in ("new", "running"):
@@ -155,8 +167,7 @@ class VllmEngine:
         check_prompt(request, context_length=self.context_length, vocab_size=self._vocab_size)
         if request.mask is not None:
             raise InvalidRequest(f"Request {request.id} has a mask, which vLLM cannot call in its process. Use engine type torch.")
-        if request.adapter is not None and request.adapter not in self._adapters:
-            raise UnknownAdapter(f"No adapter {request.adapter!r} is loaded; loaded: {sorted(self._adapters)}. Load it first.")
+        self._check_adapter(request.adapter)
         max_tokens = clipped_max_tokens(request, context_length=self.context_length)
         stream = _Stream(request, Mailbox())
         with self._lock:
@@ -170,6 +181,10 @@ class VllmEngine:
         order = {name: getattr(request, name) for name in ("id", "prompt_ids", "priority", "cache_salt", "adapter", "keep_stop")}
         self._actor.submit.remote(order | {"sampling": sampling})
         return stream
+
+    def _check_adapter(self, name: str | None) -> None:
+        if name is not None and name not in self._adapters:
+            raise UnknownAdapter(f"No adapter {name!r} is loaded; loaded: {sorted(self._adapters)}. Load it first.")
 
     def _check_running(self) -> None:
         if self._state != "running":
@@ -249,6 +264,8 @@ class VllmEngine:
 
 
 def _exception(id_: str, kind: str, text: str) -> Exception:
+    if kind == "unknown":
+        return UnknownAdapter(f"The adapter {text!r} of request {id_} has just been unloaded. Load it first.")
     if kind == "invalid":
         return InvalidRequest(f"vLLM refuses request {id_}: {text}. Correct the request.")
     return GenerationFailed(f"vLLM failed request {id_}: {text}. The other requests run on.")

@@ -34,12 +34,13 @@ def cpu_lists(num_workers: int, num_threads: int | None, cpus: list[int]) -> str
 
 
 class Adapter:
-    """A loaded adapter and how many streams use it; a retired one goes with the last of them."""
+    """A loaded adapter and how many streams use it; a retired one goes with the last of them, and then `gone` is set."""
 
     def __init__(self, request: Any) -> None:
         self.request = request
         self.num_streams = 0
         self.retired = False
+        self.gone = asyncio.Event()
 
 
 class VllmWorker:
@@ -82,9 +83,17 @@ class VllmWorker:
 
     async def submit(self, request: dict[str, Any]) -> None:
         """Begin to generate; chunks come by `poll`."""
-        self._tasks[request["id"]] = asyncio.create_task(self._generate(request))
+        id_, name = request["id"], request["adapter"]
+        adapter = self._adapters.get(name)
+        if adapter is None and name is not None:  # unloaded while the request was on its way
+            self._post((id_, (), None, 0, None, None, ("unknown", name)))
+            return
+        if adapter is not None:
+            adapter.num_streams += 1
+        self._tasks[id_] = asyncio.create_task(self._generate(request, adapter))
 
     async def abort(self, request_id: str) -> None:
+        await asyncio.sleep(0)  # a task that is cancelled before it has begun would end without a word
         if task := self._tasks.get(request_id):
             task.cancel()
 
@@ -123,13 +132,23 @@ class VllmWorker:
             raise RuntimeError(f"{type(error).__name__}: {error}") from None
         old, self._adapters[name] = self._adapters.get(name), loaded
         if old is not None:
-            old.retired = True
-            await self._let_go(old)
+            await self._retire(old)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Returns when its last stream has ended and its place is free."""
+        adapter = self._adapters.pop(name)
+        await self._retire(adapter)
+        await adapter.gone.wait()
+
+    async def _retire(self, adapter: Adapter) -> None:
+        adapter.retired = True
+        await self._let_go(adapter)
 
     async def _let_go(self, adapter: Adapter) -> None:
         if adapter.retired and not adapter.num_streams:
             self._places_taken -= 1
             await self._engine.remove_lora(adapter.request.lora_int_id)
+            adapter.gone.set()
 
     async def stop(self) -> None:
         if self._engine is not None:
@@ -141,17 +160,15 @@ class VllmWorker:
         except Exception as error:
             raise RuntimeError(f"vLLM's engine process is dead ({type(error).__name__})") from None
 
-    async def _generate(self, request: dict[str, Any]) -> None:
+    async def _generate(self, request: dict[str, Any], adapter: Adapter | None) -> None:
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        id_, num_cached, adapter = request["id"], 0, self._adapters.get(request["adapter"])
+        id_, num_cached = request["id"], 0
         lora = None if adapter is None else adapter.request
-        if adapter is not None:
-            adapter.num_streams += 1
         try:
             params = SamplingParams(**request["sampling"], detokenize=False, output_kind=RequestOutputKind.DELTA)
             prompt = tokens_input(list(request["prompt_ids"]), cache_salt=request["cache_salt"] or None)
