@@ -6,6 +6,7 @@ Parses, asks r1ray.model.plan and r1ray.engine.simulate, prints tables or JSON. 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -21,6 +22,8 @@ from r1ray.errors import ClusterTooSmall, InvalidValue
 
 if TYPE_CHECKING:
     from r1ray.engine.simulate import Outcome, Trace
+    from r1ray.model.plan.catalog import PlannedModel
+    from r1ray.model.plan.hardware import Hardware
     from r1ray.model.plan.serving import Replica
     from r1ray.model.plan.training import TrainingPlan
 
@@ -92,7 +95,7 @@ def train(  # noqa: PLR0913 - one parameter per option
     """Memory per GPU, tokens per second, hours and money of a fine-tuning job."""
     from r1ray.model.plan.catalog import find
     from r1ray.model.plan.hardware import load_hardware
-    from r1ray.model.plan.training import TrainingWish, cheapest_first, plan_training, relaxed
+    from r1ray.model.plan.training import TrainingWish, cheapest_first, plan_training
 
     wish = _checked(
         TrainingWish,
@@ -114,15 +117,7 @@ def train(  # noqa: PLR0913 - one parameter per option
     found, hardware, count = find(model), load_hardware(gpu_file), _count(tokens)
     wanted = plan_training(found.shape, wish, hardware.pool(gpus, per_node), hardware.assumptions) if gpus else None
     others = cheapest_first(found.shape, wish, hardware, count)
-    remedies: list[TrainingPlan] = []
-    if wanted and not wanted.fits:
-        remedies = [plan_training(found.shape, each, wanted.pool, hardware.assumptions) for each in relaxed(wish)]
-    if as_json:
-        print(json.dumps(plan_tables.training_json(found.name, wanted, others, count, hardware), indent=1))
-    else:
-        console = _console()
-        for part in plan_tables.training(found, wanted, others, remedies, count, hardware):
-            console.print(part)
+    _show_training(found, wanted, others, count, hardware, as_json)
     if cluster:
         _said(check_training(connect(), wanted or (others[0] if others else None)), as_json)
     if wanted and not wanted.fits:
@@ -156,9 +151,8 @@ def serve(  # noqa: PLR0913 - one parameter per option
 ) -> None:
     """How a model lies on GPUs, what its cache holds, how fast it answers; the lines for serve_config.yaml."""
     from r1ray.model.plan.catalog import find
-    from r1ray.model.plan.fragment import fragment
     from r1ray.model.plan.hardware import load_hardware
-    from r1ray.model.plan.serving import ServingWish, choose, layouts
+    from r1ray.model.plan.serving import ServingWish, choose
 
     wish = _checked(
         ServingWish,
@@ -173,25 +167,50 @@ def serve(  # noqa: PLR0913 - one parameter per option
         stages=stages,
     )
     found, hardware = find(model), load_hardware(gpu_file)
-    pool = hardware.pool(gpus, per_node)
-    replica = choose(found.shape, pool, wish, hardware.assumptions)
-    others = layouts(found.shape, pool, wish, hardware.assumptions)
-    text = fragment(found.name, replica)
-    outcome = None
-    if simulate:
-        from r1ray.engine.simulate import poisson, read_trace
-
-        played = read_trace(trace) if trace else poisson(rate=rate, num=requests, prompt=prompt, answer=answer, seed=seed)
-        outcome = _simulated(replica, played)
-    if as_json:
-        print(json.dumps(plan_tables.serving_json(found.name, replica, text, outcome), indent=1))
-    else:
-        console = _console()
-        for part in plan_tables.serving(found, replica, others, hardware, outcome):
-            console.print(part)
-        print(text, end="")
+    replica = choose(found.shape, hardware.pool(gpus, per_node), wish, hardware.assumptions)
+    outcome = _simulated(replica, _played(trace, rate, requests, (prompt, answer), seed)) if simulate else None
+    _show_serving(found, replica, hardware, outcome, as_json)
     if cluster:
         _said(check_serving(connect(), found.name, replica), as_json)
+
+
+def _show_training(
+    found: PlannedModel, wanted: TrainingPlan | None, others: Sequence[TrainingPlan], num_tokens: float, hardware: Hardware, as_json: bool
+) -> None:
+    from r1ray.model.plan.training import plan_training, relaxed
+
+    if as_json:
+        print(json.dumps(plan_tables.training_json(found.name, wanted, others, num_tokens, hardware), indent=1))
+        return
+    remedies: list[TrainingPlan] = []
+    if wanted and not wanted.fits:
+        remedies = [plan_training(found.shape, each, wanted.pool, hardware.assumptions) for each in relaxed(wanted.wish)]
+    console = _console()
+    for part in plan_tables.training(found, wanted, others, remedies, num_tokens, hardware):
+        console.print(part)
+
+
+def _show_serving(found: PlannedModel, replica: Replica, hardware: Hardware, outcome: Outcome | None, as_json: bool) -> None:
+    from r1ray.model.plan.fragment import fragment
+    from r1ray.model.plan.serving import layouts
+
+    text = fragment(found.name, replica)
+    if as_json:
+        print(json.dumps(plan_tables.serving_json(found.name, replica, text, outcome), indent=1))
+        return
+    others = layouts(found.shape, replica.pool, replica.wish, hardware.assumptions)
+    console = _console()
+    for part in plan_tables.serving(found, replica, others, hardware, outcome):
+        console.print(part)
+    print(text, end="")
+
+
+def _played(trace: Path | None, rate: float, num: int, lengths: tuple[str, str], seed: int) -> Trace:
+    """The requests of a file, or drawn: (prompt, answer) lengths as the options write them."""
+    from r1ray.engine.simulate import poisson, read_trace
+
+    prompt, answer = lengths
+    return read_trace(trace) if trace else poisson(rate=rate, num=num, prompt=prompt, answer=answer, seed=seed)
 
 
 def _simulated(replica: Replica, trace: Trace) -> Outcome:
