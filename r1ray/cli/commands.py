@@ -83,6 +83,18 @@ def import_model(
     )
 
 
+@command(app, "merge")
+def merge(
+    ref: Reference, name: Annotated[str | None, typer.Option(help="Name of the result; the adapter's with -merged when absent.")] = None
+) -> None:
+    """Make an adapter and its base one version of full weights, to go on training from."""
+    from r1ray.model.merging import merged_version
+    from r1ray.registry import Registry
+
+    artifact = merged_version(ref, Registry(), name)
+    console().print(f"{artifact.ref}: {artifact.manifest.num_parameters / 1e6:.1f} M parameters, in {artifact.path}", soft_wrap=True)
+
+
 @command(app, "models")
 def models(name: Annotated[str | None, typer.Argument(help="Show the versions of this model.")] = None) -> None:
     """List the models, or the versions of one."""

@@ -145,7 +145,7 @@ def _base(config: FinetuneConfig, registry: Registry) -> Artifact:
     if base.manifest.kind not in {"full", "pruned"}:
         raise UnsupportedModel(
             f"base={config.base} is of kind {base.manifest.kind}; training needs full weights. "
-            f"Give its base{f' {base.manifest.base}' if base.manifest.base else ''}, or merge it first."
+            f"Give its base{f' {base.manifest.base}' if base.manifest.base else ''}, or merge it first: r1ray merge {base.ref}"
         )
     check_model(config.train, read_json(base.path / "config.json"), base.ref)
     return base

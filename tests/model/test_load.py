@@ -10,6 +10,7 @@ from r1ray.model.adapters import lora
 from r1ray.model.family import family_of
 from r1ray.model.importer import import_model
 from r1ray.model.load import base_of, choose_dtype, end_token_id, load_model, load_tokenizer, merge_adapter
+from r1ray.model.merging import merged_version
 
 FAMILIES = ["tiny_llama", "tiny_qwen2", "tiny_deepseek_v3"]
 IDS = torch.tensor([[5, 17, 301, 42, 99, 300, 12, 7]])
@@ -138,3 +139,22 @@ def test_auto_takes_bfloat16_only_where_it_is_fast(tiny_qwen2, registry):
 
 def test_a_tokenizer_can_pad(tiny_qwen2, registry):
     assert load_tokenizer(import_model(str(tiny_qwen2), name="m", registry=registry)).pad_token is not None
+
+
+def test_a_merged_version_stands_on_its_own_and_names_its_parent(tiny_qwen2, registry, tmp_path):
+    artifact = add_adapter(tiny_qwen2, tmp_path / "a", registry)
+    merged = merged_version(artifact.ref, registry)
+    assert merged == registry.resolve(f"{artifact.manifest.name}-merged@1")
+    shape = merged.manifest
+    assert (shape.kind, shape.base, shape.parents) == ("full", None, (artifact.ref,))
+    assert shape.num_parameters == base_of(artifact, registry).manifest.num_parameters
+    assert not list(merged.path.glob("adapter_*"))
+    expected = load_model(artifact, registry=registry, dtype="float32")(IDS).logits
+    torch.testing.assert_close(load_model(merged, registry=registry, dtype="float32")(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_whole_weights_are_not_merged_again(tiny_qwen2, registry, tmp_path):
+    base = base_of(add_adapter(tiny_qwen2, tmp_path / "a", registry), registry)
+    with pytest.raises(AdapterMismatch, match="whole already"):
+        merged_version(base.ref, registry)
+    assert [model.name for model in registry.models() if model.name.endswith("-merged")] == []
