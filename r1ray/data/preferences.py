@@ -4,12 +4,15 @@
                     {"chosen", "rejected"}                                              lists of messages that begin with the same prompt
     sharegpt_pairs  {"conversations": [{"from", "value"}], "chosen", "rejected"}        LLaMA-Factory
     alpaca_pairs    {"instruction", "input", "chosen", "rejected"}                      or "output": [better, worse]
+    labelled        {"text", "label"} or {"text", "category"}                          the label in words, against another label of the set
 
-An answer is a text, one message, or a list with one message. `system` and `id` columns count as in dialogues.
+An answer is a text, one message, or a list with one message. `system` and `id` columns count as in dialogues. Labelled rows are pairs
+only where `data.format` says so.
 """
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,11 +21,12 @@ from typing import Any
 
 from r1ray.data.config import DataConfig, Format
 from r1ray.data.formats import alpaca_prompt, listed, message_of, named, openai_message, row_id, text_of, turns_of, with_system
+from r1ray.data.read import read_conversations
 from r1ray.data.reading import Ids, gather
 from r1ray.data.records import BadRow, RawRow, Reject
 from r1ray.data.schema import canonical
 from r1ray.data.turns import check_order, repair
-from r1ray.errors import MissingColumn, UnknownFormat
+from r1ray.errors import MissingColumn, NothingToTrain, UnknownFormat
 from r1ray.types import Conversation, Message, Preference
 
 __all__ = ["LoadedPairs", "hold_out_pairs", "read_preferences"]
@@ -55,6 +59,8 @@ def read_preferences(config: DataConfig) -> LoadedPairs:
         InvalidValue, NothingToTrain, UnknownFormat, WrongEncoding, MissingColumn: a file as a whole cannot be read.
         TooManyBadRows: more than `max_bad_share` of the rows are invalid; `config.rejects` is written before.
     """
+    if config.format == "labelled":
+        return _contrasted(config)
     found = gather(config, _opening)
     return LoadedPairs(
         pairs=found.items, rejects=found.rejects, data_hash=_data_hash(found.items), formats=found.formats, num_rows=found.num_rows
@@ -74,6 +80,29 @@ def hold_out_pairs(pairs: Sequence[Preference], share: float, *, seed: int = 0) 
     return tuple(p for p in pairs if _prompt_key(p) not in held), tuple(p for p in pairs if _prompt_key(p) in held)
 
 
+def _contrasted(config: DataConfig) -> LoadedPairs:
+    """Each row of a table of texts and labels: its own label is better than another one of the set, drawn by `seed` and the row."""
+    loaded = read_conversations(config)
+    answers = {row.messages[-1].content: row.messages[-1] for row in loaded.conversations}
+    labels = sorted(answers)
+    if len(labels) < 2:
+        raise NothingToTrain(f"{config.path} has one label only, {labels[0]!r}, and nothing to prefer it to. Give rows of two or more.")
+    pairs = tuple(_against(row, answers[_another(row, labels, config.seed)]) for row in loaded.conversations)
+    return LoadedPairs(pairs=pairs, rejects=loaded.rejects, data_hash=_data_hash(pairs), formats=loaded.formats, num_rows=loaded.num_rows)
+
+
+def _another(row: Conversation, labels: Sequence[str], seed: int) -> str:
+    own = bisect.bisect_left(labels, row.messages[-1].content)
+    digest = hashlib.sha256(f"another label:{seed}:{row.id}".encode("utf-8", "surrogatepass")).digest()
+    place = int.from_bytes(digest[:8]) % (len(labels) - 1)
+    return labels[place + (place >= own)]
+
+
+def _against(row: Conversation, worse: Message) -> Preference:
+    *prompt, better = row.messages
+    return Preference(id=row.id, prompt=tuple(prompt), chosen=better, rejected=worse, source=row.source)
+
+
 def _opening(columns: Sequence[str], config: DataConfig, file: str) -> tuple[Format, Callable[[RawRow, Ids], Preference]]:
     name = _detect(columns, config, file)
     parse = _PARSERS[name]
@@ -85,7 +114,7 @@ def _detect(columns: Sequence[str], config: DataConfig, file: str) -> Format:
     if config.format != "auto" and config.format not in _NEEDS:
         raise UnknownFormat(
             f"data.format={config.format} holds dialogues, and train.objective wants pairs of answers. "
-            f"Set data.format to auto or one of {', '.join(_NEEDS)}."
+            f"Set data.format to auto or one of {', '.join(_NEEDS)}, or to labelled for a table of texts and labels."
         )
     for name, choices in _NEEDS.items():
         if config.format in ("auto", name) and any(set(needs) <= set(columns) for needs in choices):
@@ -94,7 +123,7 @@ def _detect(columns: Sequence[str], config: DataConfig, file: str) -> Format:
     forms = "; ".join(f"{name}: {' or '.join(', '.join(needs) for needs in choices)}" for name, choices in wanted.items())
     raise MissingColumn(
         f"{file} has the columns {listed(columns)}, which are not those of pairs of answers ({forms}). Rename its columns, or set "
-        "data.path to a file with a better and a worse answer in each row."
+        "data.path to a file with a better and a worse answer in each row; data.format=labelled makes pairs of a table of texts and labels."
     )
 
 

@@ -164,3 +164,24 @@ def test_pairs_of_one_prompt_stay_on_one_side_in_any_order() -> None:
 @pytest.mark.parametrize(("num_pairs", "share", "num_held"), [(1, 0.5, 0), (2, 0.01, 1), (2, 0.99, 1), (9, 0.0, 0)])
 def test_both_sides_have_a_pair_where_that_is_possible(num_pairs, share, num_held) -> None:
     assert len(hold_out_pairs([made(f"q{i}", "a") for i in range(num_pairs)], share)[1]) == num_held
+
+
+def test_a_table_of_labels_is_each_label_against_another_one(tmp_path) -> None:
+    labels = ("card_lost", "pin_change", "rate")
+    path = write(tmp_path / "rows.jsonl", *({"text": f"question {i}", "category": labels[i % 3]} for i in range(30)))
+    with pytest.raises(MissingColumn, match=r"data\.format=labelled"):
+        read(path)
+    loaded = read(path, format="labelled")
+    words = {label.replace("_", " ") for label in labels}
+    assert [pair.chosen.content for pair in loaded.pairs] == [labels[i % 3].replace("_", " ") for i in range(30)]
+    assert all(pair.rejected.content in words - {pair.chosen.content} for pair in loaded.pairs)
+    assert {pair.rejected.content for pair in loaded.pairs} == words
+    assert loaded.pairs[4].prompt == (Message(role="user", content="question 4"),)
+    assert read(path, format="labelled").pairs == loaded.pairs
+    assert read(path, format="labelled", seed=1).data_hash != loaded.data_hash
+
+
+def test_one_label_has_nothing_to_be_preferred_to(tmp_path) -> None:
+    path = write(tmp_path / "rows.jsonl", {"text": "question", "label": "rate"}, {"text": "another", "label": "rate"})
+    with pytest.raises(NothingToTrain, match="'rate'"):
+        read(path, format="labelled")
