@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from r1ray.config import Config
 
@@ -13,6 +13,7 @@ __all__ = [
     "AugmentConfig",
     "BackTranslationConfig",
     "EntitiesConfig",
+    "LocalConfig",
     "MaskedConfig",
     "OperationConfig",
     "RewriteConfig",
@@ -75,20 +76,38 @@ class ServedConfig(Config):
     retries: int = Field(default=2, ge=0, description="Further attempts after a failed request.")
 
 
-class BackTranslationConfig(Config):
+class LocalConfig(Config):
+    """A chat model in a local directory, computed in the job itself."""
+
+    model: Path = Field(description="Directory of a causal language model with a chat template.")
+    temperature: float = Field(default=0.7, ge=0, le=2, description="Of the answers; 0 is greedy.")
+    max_tokens: int = Field(default=256, ge=1, description="Longest answer.")
+    batch_size: int = Field(default=8, ge=1, description="Answers at a time.")
+
+
+class _Written(Config):
+    served: ServedConfig | None = Field(default=None, description="A model behind a URL; this or local.")
+    local: LocalConfig | None = Field(default=None, description="A model in a local directory; this or served.")
+
+    @model_validator(mode="after")
+    def _has_one_writer(self) -> Self:
+        if (self.served is None) == (self.local is None):
+            raise ValueError("a model has to write the wordings: set served (a URL) or local (a directory), not both")
+        return self
+
+
+class BackTranslationConfig(_Written):
     """Into the other language and back (seeds 001, 004)."""
 
     type: Literal["back_translation"] = Field(default="back_translation", description="Name of the operation.")
     share: Probability = Field(default=0.1, description="Share of the rows that it is tried on.")
-    served: ServedConfig = Field(description="The translator.")
 
 
-class RewriteConfig(Config):
+class RewriteConfig(_Written):
     """The same request in a model's other words."""
 
     type: Literal["rewrite"] = Field(default="rewrite", description="Name of the operation.")
     share: Probability = Field(default=0.1, description="Share of the rows that it is tried on.")
-    served: ServedConfig = Field(description="The writer.")
 
 
 class TrapsConfig(Config):

@@ -1,6 +1,6 @@
-"""Back-translation and rewriting by any model behind an OpenAI-compatible URL. Knows no engine: it is a client of a server.
+"""Back-translation and rewriting by any model behind an OpenAI-compatible URL, or in a local directory. Knows no engine.
 
-A new wording is taken only if it keeps the language and every annotated value, and is neither much longer nor much shorter: a model
+A new wording is taken only if it is new, keeps the language and every annotated value, and is neither much longer nor much shorter: a model
 that answers instead of translating makes no row.
 """
 
@@ -15,14 +15,14 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from r1ray.data.augment.config import BackTranslationConfig, RewriteConfig, ServedConfig
+from r1ray.data.augment.local import LocalWriter, plain
 from r1ray.data.augment.provenance import Made, recorded
 from r1ray.data.augment.spans import bounded, entities_of, question_start
 from r1ray.errors import InvalidValue, ServerUnreachable
 from r1ray.model.prompts import Language, detect_language
-from r1ray.model.reasoning import split
 from r1ray.types import Conversation
 
 __all__ = ["BackTranslation", "ChatClient", "Rewriting"]
@@ -87,21 +87,33 @@ class ChatClient:
             return json.load(response)
 
 
+class _Writer(Protocol):
+    def answers(self, prompts: Sequence[str], seed: int) -> list[str]:
+        """One answer per prompt."""
+
+
+def _writer(config: BackTranslationConfig | RewriteConfig) -> _Writer:
+    if config.served is not None:
+        return ChatClient(config.served)
+    assert config.local is not None, "checked by the config"
+    return LocalWriter(config.local)
+
+
 class BackTranslation:
     """Into the other language and back."""
 
     name = "back_translation"
 
     def __init__(self, config: BackTranslationConfig, seed: int) -> None:
-        self._client = ChatClient(config.served)
+        self._writer = _writer(config)
         self._seed = seed
 
     def apply(self, rows: Sequence[Conversation]) -> list[Made | None]:
         texts = [_question(row)[1] for row in rows]
         languages = [detect_language(text) for text in texts]
-        there = self._client.answers([_TRANSLATE[lang].format(text=text) for text, lang in zip(texts, languages, strict=True)], self._seed)
+        there = self._writer.answers([_TRANSLATE[lang].format(text=text) for text, lang in zip(texts, languages, strict=True)], self._seed)
         back = [_TRANSLATE["zh" if lang == "en" else "en"].format(text=text) for text, lang in zip(there, languages, strict=True)]
-        return _made(rows, self._client.answers(back, self._seed), self.name, self._seed)
+        return _made(rows, self._writer.answers(back, self._seed), self.name, self._seed)
 
 
 class Rewriting:
@@ -110,23 +122,20 @@ class Rewriting:
     name = "rewrite"
 
     def __init__(self, config: RewriteConfig, seed: int) -> None:
-        self._client = ChatClient(config.served)
+        self._writer = _writer(config)
         self._seed = seed
 
     def apply(self, rows: Sequence[Conversation]) -> list[Made | None]:
         texts = [_question(row)[1] for row in rows]
         prompts = [_REWRITE[detect_language(text)].format(text=text) for text in texts]
-        return _made(rows, self._client.answers(prompts, self._seed), self.name, self._seed)
+        return _made(rows, self._writer.answers(prompts, self._seed), self.name, self._seed)
 
 
 def _content(answer: Any) -> str:
-    """The answer's text without reasoning and quotation marks."""
     content = answer["choices"][0]["message"]["content"]
     if not isinstance(content, str):
         raise TypeError("the answer has no text")
-    if "</think>" in content:
-        _, content = split(content, "<think>" not in content)
-    return content.strip().strip("\"'“”「」").strip()
+    return plain(content)
 
 
 def _question(row: Conversation) -> tuple[int, str]:
@@ -151,7 +160,9 @@ def _made(rows: Sequence[Conversation], wordings: Sequence[str], name: str, seed
 
 
 def _keeps(row: Conversation, old: str, new: str) -> bool:
-    if not new or detect_language(new) != detect_language(old) or not _LENGTHS[0] <= len(new) / max(len(old), 1) <= _LENGTHS[1]:
+    if not new or new.casefold() == old.casefold() or detect_language(new) != detect_language(old):
+        return False
+    if not _LENGTHS[0] <= len(new) / max(len(old), 1) <= _LENGTHS[1]:
         return False
     named = [bounded(value) for value in entities_of(row).values() if str(value).strip() and not isinstance(value, bool)]
     return all(pattern.search(new) for pattern in named if pattern.search(old))

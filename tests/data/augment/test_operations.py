@@ -11,6 +11,7 @@ from r1ray.data.augment.config import (
     AugmentConfig,
     BackTranslationConfig,
     EntitiesConfig,
+    LocalConfig,
     MaskedConfig,
     RewriteConfig,
     ServedConfig,
@@ -19,6 +20,7 @@ from r1ray.data.augment.config import (
     TrapsConfig,
     TreesConfig,
 )
+from r1ray.data.augment.local import LocalWriter
 from r1ray.data.augment.masked import MaskedParaphrase
 from r1ray.data.augment.provenance import dump, load, undo
 from r1ray.data.augment.rules import EntityPools, ReplaceEntities, ReplaceSynonyms, VarySyntax
@@ -276,6 +278,41 @@ def test_a_failed_request_is_repeated_and_a_dead_server_named(served, monkeypatc
     dead = ServedConfig(base_url="http://127.0.0.1:1/v1", model="m", retries=0)
     with pytest.raises(ServerUnreachable, match="gave no chat completion for model 'm'"):
         Rewriting(RewriteConfig(served=dead), 0).apply([dialogue("Where is it?")])
+
+
+def test_a_model_in_a_directory_writes_the_same_wordings_for_the_same_seed(tiny_llama):
+    prompts = ["Where is my card?", "Say it again.", "The card was stolen, please block it today."]
+    config = LocalConfig(model=tiny_llama, max_tokens=8, batch_size=2)
+    first = LocalWriter(config).answers(prompts, 1)
+    assert len(first) == 3 and any(first)
+    assert LocalWriter(config).answers(prompts, 1) == first
+    assert LocalWriter(config).answers(prompts, 2) != first
+    greedy = config.model_copy(update={"temperature": 0.0})
+    assert LocalWriter(greedy).answers(prompts, 1) == LocalWriter(greedy).answers(prompts, 2)
+
+
+def test_back_translation_by_a_directory_tries_every_row_and_takes_no_nonsense(tiny_llama):
+    rows = [dialogue("Where has my card gone?", name="a"), dialogue("我的卡丢了", name="b")]
+    config = BackTranslationConfig(local=LocalConfig(model=tiny_llama, max_tokens=8))
+    made = BackTranslation(config, 0).apply(rows)
+    assert len(made) == 2
+    assert all(
+        check(row, one).messages[0].content != row.messages[0].content for row, one in zip(rows, made, strict=True) if one is not None
+    )
+
+
+def test_wordings_want_one_writer_and_a_directory_that_holds_one(served, tmp_path):
+    local = LocalConfig(model=tmp_path)
+    for settings in ({}, {"served": served.config, "local": local}):
+        with pytest.raises(ValueError, match="set served"):
+            RewriteConfig(**settings)
+    with pytest.raises(InvalidValue, match="No language model in"):
+        Rewriting(RewriteConfig(local=local), 0).apply([dialogue("Where is it?")])
+
+
+def test_a_wording_that_changes_nothing_makes_no_row(served):
+    served.reply = lambda _: (200, "where has my card gone?")
+    assert Rewriting(RewriteConfig(served=served.config), 0).apply([dialogue("Where has my card gone?")]) == [None]
 
 
 @pytest.fixture(scope="module")
