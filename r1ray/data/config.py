@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from r1ray.config import Config
 
@@ -18,9 +18,16 @@ Format = Literal["annotated", "messages", "alpaca", "sharegpt", "labelled", "pai
 
 
 class DataConfig(Config):
-    """One set of dialogues, or of pairs of answers: a file, or a directory whose files are read in name order."""
+    """One set of dialogues, or of pairs of answers: a file, or several that are read in name order."""
 
-    path: Path = Field(description="JSON, JSONL, CSV or Parquet file, or a directory of them; relative paths also count from R1RAY_HOME.")
+    path: Path = Field(
+        description="JSON, JSONL, CSV or Parquet file, a directory of them, or a pattern (chats/**/*.jsonl); also counts from R1RAY_HOME."
+    )
+    backend: Literal["arrow", "ray"] = Field(
+        default="arrow",
+        description="Who reads and tokenises: arrow, this process, with all dialogues in its memory; ray, a Ray Data pipeline over the "
+        "cluster in bounded memory, for supervised fine-tuning on corpora that do not fit.",
+    )
     format: Literal["auto"] | Format = Field(default="auto", description="Row format; auto looks at the columns of the first rows.")
     text_column: str = Field(default="text", min_length=1, description="Labelled rows: the column with the customer's words.")
     label_column: str | None = Field(
@@ -38,3 +45,9 @@ class DataConfig(Config):
     system_prompt: str | None = Field(default=None, description="System message where a dialogue has none, put in by the chat template.")
     limit: int | None = Field(default=None, ge=1, description="Use this many dialogues, a seeded sample in file order; null uses all.")
     seed: int = Field(default=0, description="Chooses the sample of `limit`.")
+
+    @model_validator(mode="after")
+    def _can_stream(self) -> DataConfig:
+        if self.backend == "ray" and self.limit is not None:
+            raise ValueError("limit draws a sample from rows in memory, which backend ray never has; set limit=null or backend=arrow")
+        return self

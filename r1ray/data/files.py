@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +21,7 @@ from r1ray.data.lines import BOM, LONGEST_ROW_BYTES, MIB, TOO_LONG, decode, text
 from r1ray.data.records import RawRow, raw_row
 from r1ray.errors import InvalidValue, NothingToTrain, UnknownFormat, WrongEncoding
 
-__all__ = ["data_files", "rows_of"]
+__all__ = ["Kind", "data_files", "kind_of", "line_rows", "parquet_rows", "rows_of"]
 
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _HEAD_BYTES = 4096
@@ -28,6 +29,8 @@ _BATCH_ROWS = 1024
 _LARGEST_TREE_BYTES = 1024 * MIB  # a JSON object that holds all rows has to be read whole
 
 csv.field_size_limit(LONGEST_ROW_BYTES)  # a dialogue pasted into one cell may exceed the default 128 KiB
+
+Kind = Literal["parquet", "array", "lines", "tree", "table"]
 
 
 def data_files(path: Path) -> list[Path]:
@@ -55,6 +58,17 @@ def rows_of(path: Path) -> Iterator[RawRow]:
         UnknownFormat: neither content nor name says what it is, or it is broken as a whole.
         WrongEncoding: text that is not UTF-8.
     """
+    readers = {"parquet": parquet_rows, "array": array_rows, "lines": line_rows, "tree": _tree, "table": _table}
+    return readers[kind_of(path)](path)
+
+
+def kind_of(path: Path) -> Kind:
+    """What the file is.
+
+    Raises:
+        NothingToTrain, UnknownFormat: the file is empty, or neither content nor name says what it is.
+        WrongEncoding: UTF-16.
+    """
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     if not head.removeprefix(BOM).strip():
@@ -63,15 +77,15 @@ def rows_of(path: Path) -> Iterator[RawRow]:
         raise WrongEncoding(f"{path} is UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8 {path.name}.")
     start = head.removeprefix(BOM).lstrip()[:1]
     if head.startswith(b"PAR1"):
-        return _parquet(path)
+        return "parquet"
     if start == b"[":
-        return array_rows(path)
+        return "array"
     if start == b"{":
-        return _lines(path) if _holds_lines(path) else _tree(path)
+        return "lines" if _holds_lines(path) else "tree"
     if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return _lines(path)
+        return "lines"
     if path.suffix.lower() in (".csv", ".tsv", ".txt"):
-        return _table(path)
+        return "table"
     raise UnknownFormat(f"{path} is no JSON, JSON Lines, CSV or Parquet. Convert it to one of them, or correct its extension.")
 
 
@@ -88,9 +102,11 @@ def _holds_lines(path: Path) -> bool:
         return next(lines, None) is not None
 
 
-def _lines(path: Path) -> Iterator[RawRow]:
+def line_rows(path: Path, *, first: int = 1, start: int = 0, end: int | None = None) -> Iterator[RawRow]:
+    """The rows of JSON Lines that begin in bytes `start` to `end`, where the line at `start` is number `first`."""
     with path.open("rb") as file:
-        for number, line in text_lines(file, path):
+        file.seek(start)
+        for number, line in text_lines(file, path, first=first, end=end):
             if line is None:
                 yield RawRow(file=str(path), row=number, values={}, problem=f"a line of {TOO_LONG}")
                 continue
@@ -158,11 +174,12 @@ def _record(path: Path, number: int, header: list[str], fields: list[str]) -> Ra
     return RawRow(file=str(path), row=number, values=dict(zip(header, fields, strict=True)))
 
 
-def _parquet(path: Path) -> Iterator[RawRow]:
+def parquet_rows(path: Path, *, first: int = 1, groups: Sequence[int] | None = None) -> Iterator[RawRow]:
+    """The rows of a Parquet file, or of some of its row groups, of which the first row is number `first`."""
     try:
         source = pq.ParquetFile(path)
-        position = 0
-        for batch in source.iter_batches(batch_size=_BATCH_ROWS):
+        position = first - 1
+        for batch in source.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups):
             for values in batch.to_pylist():
                 position += 1
                 yield RawRow(file=str(path), row=position, values=values)

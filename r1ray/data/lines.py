@@ -21,14 +21,18 @@ TOO_LONG = f"more than {LONGEST_ROW_BYTES // MIB} MiB"
 _GUESS_BYTES = 8 * MIB
 
 
-def text_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, str | None]]:
-    """(number, text) of every line; None for a line over the limit, which is skipped piece by piece.
+def text_lines(file: BinaryIO, path: Path, *, first: int = 1, end: int | None = None) -> Iterator[tuple[int, str | None]]:
+    """(number, text) of every line from where the file stands; None for a line over the limit, which is skipped piece by piece.
+
+    Args:
+        first: The number of the first of them.
+        end: Lines that begin at this byte or later are left; None: none are.
 
     Raises:
         WrongEncoding: a line is not UTF-8.
     """
-    number = 0
-    while line := file.readline(LONGEST_ROW_BYTES):
+    number = first - 1
+    while (end is None or file.tell() < end) and (line := file.readline(LONGEST_ROW_BYTES)):
         number += 1
         if len(line) == LONGEST_ROW_BYTES and not line.endswith(b"\n"):
             del line

@@ -3,7 +3,8 @@
 loaded = read_conversations(DataConfig(path="dialogues.jsonl"))
 loaded.conversations, loaded.rejects, loaded.data_hash
 
-`stream` gives the same rows one by one, for sets that are larger than the memory.
+`stream` gives the same rows one by one, for sets that are larger than the memory; `survey_conversations` and `read_slice` give them in
+slices, for several readers.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 from r1ray.data.config import DataConfig, Format
 from r1ray.data.formats import Parser, detect, parser
-from r1ray.data.reading import Ids, each_row, gather
-from r1ray.data.records import BadRow, Loaded, RawRow, ReadRow, Reject
+from r1ray.data.reading import Ids, Unjudged, built, each_row, gather
+from r1ray.data.records import BadRow, Loaded, RawRow, ReadRow, Reject, SlicedRow
 from r1ray.data.schema import content_id, data_hash
+from r1ray.data.slices import SLICE_BYTES, Slice, Survey, survey
 from r1ray.data.turns import check_order, repair
 from r1ray.types import Conversation
 
-__all__ = ["Loaded", "Reject", "read_conversations", "stream"]
+__all__ = ["Loaded", "Reject", "read_conversations", "read_slice", "stream", "survey_conversations"]
 
 
 def read_conversations(config: DataConfig) -> Loaded:
@@ -49,6 +51,27 @@ def stream(config: DataConfig) -> Iterator[ReadRow]:
             yield ReadRow(raw=raw, reason=str(found))
         else:
             yield ReadRow(raw=raw, conversation=found)
+
+
+def survey_conversations(config: DataConfig, slice_bytes: int = SLICE_BYTES) -> Survey:
+    """The slices of `config.path`, in order.
+
+    Raises:
+        InvalidValue, NothingToTrain, UnknownFormat, WrongEncoding, MissingColumn: a file as a whole cannot be read.
+    """
+    return survey(config, _opening, slice_bytes)
+
+
+def read_slice(piece: Slice, config: DataConfig) -> Iterator[SlicedRow]:
+    """Every row of one slice, in order.
+
+    Raises:
+        UnknownFormat, WrongEncoding: the slice cannot be read.
+    """
+    ids = Unjudged()
+    _, build = _opening(piece.columns, config, str(piece.path))
+    for raw in piece.rows():
+        yield SlicedRow(raw=raw, found=built(raw, build, ids), names_itself=ids.was_given)
 
 
 def _opening(columns: Sequence[str], config: DataConfig, file: str) -> tuple[Format, Callable[[RawRow, Ids], Conversation]]:

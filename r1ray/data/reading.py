@@ -19,13 +19,29 @@ from r1ray.data.config import DataConfig, Format
 from r1ray.data.files import data_files, rows_of
 from r1ray.data.records import BadRow, RawRow, Reject
 from r1ray.data.write import write_rejects
-from r1ray.errors import NothingToTrain, TooManyBadRows, UnknownFormat
+from r1ray.errors import InvalidValue, NothingToTrain, TooManyBadRows, UnknownFormat
 from r1ray.settings import Settings
 
-__all__ = ["Gathered", "Identified", "Ids", "Opening", "each_row", "gather"]
+__all__ = [
+    "NUM_SHOWN",
+    "Gathered",
+    "Identified",
+    "Ids",
+    "Opening",
+    "Unjudged",
+    "built",
+    "check_share",
+    "each_row",
+    "files_of",
+    "gather",
+    "opened",
+    "tell_format",
+]
 
 _PEEKED_ROWS = 20
 _ROW_BITS = 40
+NUM_SHOWN = 3
+"""Bad rows that an error and the job log tell."""
 _log = logging.getLogger(__name__)
 
 
@@ -76,6 +92,16 @@ class Ids:
         return f"{self._files[place >> _ROW_BITS]}:{place & (1 << _ROW_BITS) - 1}"
 
 
+class Unjudged(Ids):
+    """Names as they come, for rows that are read apart: whoever sees all of them, in order, judges them."""
+
+    was_given = False
+
+    def unique(self, given: str | None, derive: Callable[[], str], raw: RawRow) -> str:  # noqa: ARG002 - nothing is remembered
+        self.was_given = given is not None
+        return given or derive()
+
+
 def each_row(config: DataConfig, opening: Opening[T]) -> Iterator[tuple[Format, RawRow, T | BadRow]]:
     """Every row of `config.path` in order, with its file's format and its item or the reason why it holds none.
 
@@ -83,15 +109,47 @@ def each_row(config: DataConfig, opening: Opening[T]) -> Iterator[tuple[Format, 
         InvalidValue, NothingToTrain, UnknownFormat, WrongEncoding, MissingColumn: a file as a whole cannot be read.
     """
     ids = Ids()
-    for path in data_files(Settings().locate(config.path)):
-        rows = rows_of(path)
-        peeked = list(itertools.islice(rows, _PEEKED_ROWS))
-        columns = _columns(peeked, path)
+    for path in files_of(config):
+        columns, rows = opened(path)
         name, build = opening(columns, config, str(path))
-        if config.format == "auto":
-            _log.info("%s: format %s, because of its columns %s", path, name, ", ".join(columns[:8]))
-        for raw in itertools.chain(peeked, rows):
-            yield name, raw, _built(raw, build, ids)
+        tell_format(path, name, columns, config)
+        for raw in rows:
+            yield name, raw, built(raw, build, ids)
+
+
+def files_of(config: DataConfig) -> list[Path]:
+    """The data files of `config.path` in name order: itself, those below it, or those that its pattern matches.
+
+    Raises:
+        InvalidValue: nothing is there.
+        NothingToTrain: a directory without any data file.
+    """
+    settings, pattern = Settings(), config.path.expanduser()
+    if pattern.exists() or not any(mark in str(pattern) for mark in "*?["):
+        return data_files(settings.locate(config.path))
+    roots = [Path(pattern.anchor)] if pattern.is_absolute() else [Path(), settings.home]
+    for root in roots:
+        matches = root.glob(str(pattern.relative_to(pattern.anchor)))
+        if found := sorted(path for path in matches if path.is_file() and not path.name.startswith(".")):
+            return found
+    raise InvalidValue(f"No file matches {config.path}. Set data.path to an existing file, a directory, or a pattern that matches files.")
+
+
+def opened(path: Path) -> tuple[list[str], Iterator[RawRow]]:
+    """(the columns of a file's first rows, all of its rows).
+
+    Raises:
+        NothingToTrain, UnknownFormat, WrongEncoding: the file as a whole cannot be read.
+    """
+    rows = rows_of(path)
+    peeked = list(itertools.islice(rows, _PEEKED_ROWS))
+    return _columns(peeked, path), itertools.chain(peeked, rows)
+
+
+def tell_format(path: Path, name: Format, columns: Sequence[str], config: DataConfig) -> None:
+    """Log what was chosen, and why."""
+    if config.format == "auto":
+        _log.info("%s: format %s, because of its columns %s", path, name, ", ".join(columns[:8]))
 
 
 def gather(config: DataConfig, opening: Opening[T]) -> Gathered[T]:
@@ -101,6 +159,8 @@ def gather(config: DataConfig, opening: Opening[T]) -> Gathered[T]:
         InvalidValue, NothingToTrain, UnknownFormat, WrongEncoding, MissingColumn: a file as a whole cannot be read.
         TooManyBadRows: more than `max_bad_share` of the rows are invalid; `config.rejects` is written before.
     """
+    if config.backend == "ray":
+        _log.warning("data.backend=ray has no effect here: this reads all rows into its memory")
     items: list[T] = []
     rejects: list[Reject] = []
     formats: set[Format] = set()
@@ -113,11 +173,12 @@ def gather(config: DataConfig, opening: Opening[T]) -> Gathered[T]:
     if config.rejects is not None:
         write_rejects(rejects, config.rejects)
     num_rows = len(items) + len(rejects)
-    _check(num_rows, rejects, config)
+    check_share(num_rows, len(rejects), rejects, config)
     return Gathered(items=_sample(items, config), rejects=tuple(rejects), formats=tuple(sorted(formats)), num_rows=num_rows)
 
 
-def _built(raw: RawRow, build: Callable[[RawRow, Ids], T], ids: Ids) -> T | BadRow:
+def built(raw: RawRow, build: Callable[[RawRow, Ids], T], ids: Ids) -> T | BadRow:
+    """What a raw row becomes, or why it becomes nothing."""
     try:
         if raw.problem is not None:
             raise BadRow(raw.problem)
@@ -136,9 +197,14 @@ def _columns(rows: list[RawRow], path: Path) -> list[str]:
     return columns
 
 
-def _check(num_rows: int, rejects: list[Reject], config: DataConfig) -> None:
-    num_bad = len(rejects)
-    shown = "; ".join(f"{r.file}:{r.row}: {r.reason}" for r in rejects[:3])
+def check_share(num_rows: int, num_bad: int, rejects: Sequence[Reject], config: DataConfig) -> None:
+    """Refuse a set with too many bad rows; `rejects` are the first of them, at least.
+
+    Raises:
+        TooManyBadRows: more than `max_bad_share` are invalid.
+        NothingToTrain: all are.
+    """
+    shown = "; ".join(f"{r.file}:{r.row}: {r.reason}" for r in rejects[:NUM_SHOWN])
     report = f"All are in {config.rejects}." if config.rejects else "Set data.rejects=FILE to have all of them listed."
     if num_bad > config.max_bad_share * num_rows:
         raise TooManyBadRows(

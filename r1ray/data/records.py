@@ -10,7 +10,7 @@ from typing import Any
 from r1ray.data.config import Format
 from r1ray.types import Conversation
 
-__all__ = ["BadRow", "Loaded", "RawRow", "ReadRow", "Reject", "raw_row"]
+__all__ = ["BadRow", "Loaded", "RawRow", "ReadRow", "Reject", "SlicedRow", "raw_row"]
 
 
 class BadRow(Exception):
@@ -52,6 +52,16 @@ class ReadRow:
     raw: RawRow
     conversation: Conversation | None = None
     reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlicedRow:
+    """A row that was read apart from most others of its set, which may have used its dialogue's id before it."""
+
+    raw: RawRow
+    found: Conversation | BadRow
+    names_itself: bool
+    """Whether the id is the row's own and so must be new; else it is made of the content."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from r1ray.types import Annotations, Conversation, Message
 
-__all__ = ["PREPARED", "SCHEMA", "canonical", "content_id", "data_hash", "from_table", "to_table"]
+__all__ = ["PREPARED", "SCHEMA", "canonical", "content_digest", "content_id", "data_hash", "from_canonical", "from_table", "to_table"]
 
 _ANNOTATIONS = pa.struct([pa.field("intent", pa.string()), pa.field("entities", pa.string(), nullable=False)])
 _UTTERANCE = pa.struct(
@@ -65,16 +65,29 @@ def canonical(conversation: Conversation) -> str:
     return json.dumps(turns, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
+def from_canonical(text: str) -> tuple[Message, ...]:
+    """Inverse of `canonical`: the dialogue's turns."""
+    return tuple(
+        Message(role=role, content=content, reasoning=reasoning, annotations=None if marks is None else Annotations(**marks))
+        for role, content, reasoning, marks in json.loads(text)
+    )
+
+
 def content_id(messages: tuple[Message, ...]) -> str:
     """Sixteen hex digits for a dialogue whose file gives it no id."""
-    return hashlib.sha256(canonical(Conversation(id="", messages=messages)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return content_digest(canonical(Conversation(id="", messages=messages))).hex()[:16]
+
+
+def content_digest(text: str) -> bytes:
+    """sha256 of a dialogue's canonical text: 32 bytes."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def data_hash(conversations: Iterable[Conversation]) -> str:
-    """sha256 over the canonical rows in order: what a manifest stores as the training data's identity."""
+    """sha256 over the digests of the canonical rows in order: what a manifest stores as the training data's identity."""
     digest = hashlib.sha256()
     for conversation in conversations:
-        digest.update(canonical(conversation).encode("utf-8", "surrogatepass") + b"\n")
+        digest.update(content_digest(canonical(conversation)))
     return digest.hexdigest()
 
 

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 __all__ = ["BatchPlan", "accumulation_steps"]
+
+_MEASURED_STEPS = 2000
 
 
 def accumulation_steps(batch_size: int, num_workers: int, micro_batch_size: int) -> int:
@@ -25,14 +28,14 @@ def accumulation_steps(batch_size: int, num_workers: int, micro_batch_size: int)
 
 @dataclass(slots=True)
 class BatchPlan:
-    """The order of the data over all epochs."""
+    """The order of the data over all epochs; twelve bytes a row."""
 
     lengths: Sequence[int]
     batch_size: int
     num_epochs: int
     seed: int
     group_window: int
-    _epochs: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
+    _epochs: dict[int, _Order] = field(default_factory=dict)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -47,7 +50,7 @@ class BatchPlan:
         epoch, within = divmod(step, self.steps_per_epoch)
         if epoch not in self._epochs:
             self._epochs = {epoch: self._epoch(epoch)}
-        return self._epochs[epoch][within]
+        return self._epochs[epoch].batch(within, self.batch_size)
 
     def micro_batches(self, step: int, *, rank: int, num_workers: int, accumulation: int) -> tuple[tuple[int, ...], ...]:
         """The rank's `accumulation` forward passes, shortest rows first; a pass may be empty, so that all ranks take equally many."""
@@ -57,28 +60,39 @@ class BatchPlan:
         return tuple(tuple(mine[start * size : (start + 1) * size]) for start in range(accumulation))
 
     def padding_share(self, num_workers: int, accumulation: int) -> float:
-        """Share of the first epoch's computed positions that are padding."""
-        padded = 0
-        for step in range(self.steps_per_epoch):
+        """Share of the computed positions that are padding, in the first epoch or the first of its steps that show it well enough."""
+        computed = real = 0
+        for step in range(min(self.steps_per_epoch, _MEASURED_STEPS)):
             for rank in range(num_workers):
                 for rows in self.micro_batches(step, rank=rank, num_workers=num_workers, accumulation=accumulation):
-                    padded += max((self.lengths[row] for row in rows), default=0) * len(rows)
-        return 1 - sum(self.lengths) / padded
+                    computed += max((self.lengths[row] for row in rows), default=0) * len(rows)
+                    real += sum(self.lengths[row] for row in rows)
+        return 1 - real / computed
 
-    def _epoch(self, epoch: int) -> list[tuple[int, ...]]:
+    def _epoch(self, epoch: int) -> _Order:
         """Shuffle; sort by length within windows of several batches; cut; shuffle the batches, the incomplete one last."""
         rng = random.Random(f"{self.seed}/{epoch}")
-        rows = list(range(len(self.lengths)))
+        rows = array("q", range(len(self.lengths)))
         rng.shuffle(rows)
         window = self.batch_size * self.group_window
         if self.group_window > 1:
-            rows = [
-                row for start in range(0, len(rows), window) for row in sorted(rows[start : start + window], key=self.lengths.__getitem__)
-            ]
-        batches = [tuple(rows[start : start + self.batch_size]) for start in range(0, len(rows), self.batch_size)]
-        complete = [batch for batch in batches if len(batch) == self.batch_size]
-        rng.shuffle(complete)
-        return complete + [batch for batch in batches if len(batch) < self.batch_size]
+            for start in range(0, len(rows), window):
+                rows[start : start + window] = array("q", sorted(rows[start : start + window], key=self.lengths.__getitem__))
+        batches = array("i", range(len(rows) // self.batch_size))
+        rng.shuffle(batches)
+        return _Order(rows, batches)
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """An epoch: rows in the order in which they were cut into batches, and the order of the complete ones."""
+
+    rows: array[int]
+    batches: array[int]
+
+    def batch(self, within: int, size: int) -> tuple[int, ...]:
+        number = self.batches[within] if within < len(self.batches) else within
+        return tuple(self.rows[number * size : (number + 1) * size])
 
 
 def _owner(place: int, num_workers: int) -> int:

@@ -260,3 +260,11 @@ class FinetuneConfig(Config):
     collection: str | None = Field(default=None, description="Retrieval collection that the result's answers are grounded in when served.")
     data: DataConfig = Field(description="What to learn from.")
     train: TrainConfig = Field(default_factory=TrainConfig, description="How to learn.")
+
+    @model_validator(mode="after")
+    def _can_stream(self) -> FinetuneConfig:
+        if self.data.backend == "ray" and self.train.objective != "sft":
+            raise ValueError(
+                f"data.backend ray streams the dialogues of objective sft, not the rows of {self.train.objective}; set data.backend=arrow"
+            )
+        return self

@@ -1,5 +1,6 @@
 """Token rows -> the tensors of this rank's forward passes, in the plan's order; padded, or packed end to end.
 
+The rows may lie in mapped files: each is asked for once per pass, and none is kept.
 Right padding needs no attention mask: with causal attention no real position looks to its right, and padding carries no loss.
 Packed dialogues restart their position ids, from which transformers builds an attention mask that keeps them apart.
 
@@ -45,7 +46,7 @@ class Feed(Dataset[dict[str, torch.Tensor]]):
         if not rows:  # every rank must take equally many passes: this one computes a row that carries no loss
             row = self.plan.batch(step)[0]
             return {key: value for key, value in self._padded([row]).items() if key != "labels"} | {
-                "labels": torch.full((1, len(self.input_ids[row])), -100)
+                "labels": torch.full((1, self.plan.lengths[row]), -100)
             }
         return self._packed(rows) if self.packing else self._padded(rows)
 
@@ -58,10 +59,10 @@ class Feed(Dataset[dict[str, torch.Tensor]]):
         return sum(sum(self.masks[row][1:]) for row in self.plan.batch(step))
 
     def num_tokens(self, step: int) -> int:
-        return sum(len(self.input_ids[row]) for row in self.plan.batch(step))
+        return sum(self.plan.lengths[row] for row in self.plan.batch(step))
 
     def _padded(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        longest = max(len(self.input_ids[row]) for row in rows)
+        longest = max(self.plan.lengths[row] for row in rows)
         ids_BT = torch.full((len(rows), longest), self.pad_id)
         labels_BT = torch.full((len(rows), longest), -100)
         for place, row in enumerate(rows):

@@ -29,13 +29,3 @@ class MixedPlan(BatchPlan):
         while len(self._drawn) <= step:
             self._drawn.append(tuple(self._walk.batch()))
         return self._drawn[step]
-
-    def padding_share(self, num_workers: int, accumulation: int) -> float:
-        """Of the first epoch's steps, whose rows may come more than once."""
-        computed = real = 0
-        for step in range(self.steps_per_epoch):
-            for rank in range(num_workers):
-                for rows in self.micro_batches(step, rank=rank, num_workers=num_workers, accumulation=accumulation):
-                    computed += max((self.lengths[row] for row in rows), default=0) * len(rows)
-                    real += sum(self.lengths[row] for row in rows)
-        return 1 - real / computed

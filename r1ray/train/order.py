@@ -6,7 +6,7 @@ For a fine-tuning job and for each trial of a sweep alike. Runs in the driver, w
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +33,7 @@ class Material(Protocol):
     def told(self) -> str:
         """`2400 dialogues, 310000 tokens, ...` for the job log."""
 
-    def lengths(self) -> list[int]:
+    def lengths(self) -> Sequence[int]:
         """Tokens of each row, in order: what batches are grouped by."""
 
     def rows(self) -> Any:
@@ -56,7 +56,7 @@ class WorkOrder:
     held_out: Material | None = None
 
 
-def plan_of(config: TrainConfig, lengths: list[int]) -> BatchPlan:
+def plan_of(config: TrainConfig, lengths: Sequence[int]) -> BatchPlan:
     """The batches that driver and workers agree on."""
     return BatchPlan(
         lengths, batch_size=config.batch_size, num_epochs=config.num_epochs, seed=config.seed, group_window=config.group_window

@@ -6,12 +6,15 @@ Knows no tokens: any material whose rows are columns of equal length can be part
 from __future__ import annotations
 
 import random
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from r1ray.errors import NothingToTrain
 from r1ray.train.order import Material
+from r1ray.train.shards import Picked
 
 __all__ = ["Part", "parted"]
 
@@ -26,11 +29,11 @@ class Part:
     is_held_out: bool
 
     @cached_property
-    def chosen(self) -> list[int]:
+    def chosen(self) -> array[int]:
         """Row numbers of the whole, in order."""
         total = self.whole.num_rows
         held = set(random.Random(f"{self.seed}/held out").sample(range(total), max(1, round(self.share * total))))
-        return [row for row in range(total) if (row in held) == self.is_held_out]
+        return array("q", (row for row in range(total) if (row in held) == self.is_held_out))
 
     @property
     def num_rows(self) -> int:
@@ -40,12 +43,12 @@ class Part:
     def told(self) -> str:
         return f"{self.whole.told}; {self.whole.num_rows - self.num_rows} are held out"
 
-    def lengths(self) -> list[int]:
+    def lengths(self) -> Sequence[int]:
         lengths = self.whole.lengths()
-        return [lengths[row] for row in self.chosen]
+        return array("i", (lengths[row] for row in self.chosen))
 
     def rows(self) -> Any:
-        return tuple([column[row] for row in self.chosen] for column in self.whole.rows())
+        return tuple(Picked(column, self.chosen) for column in self.whole.rows())
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the row numbers, which every worker draws alike."""

@@ -51,7 +51,8 @@ class RunState:
 def run_name(config: FinetuneConfig, base: Artifact, data_hash: str) -> str:
     """`name-<12 hex>` over what affects the result: config, base weights and template, rows. Not the place of the rows."""
     train = config.train.model_copy(update=_NEUTRAL)
-    neutral = config.model_copy(update={"train": train, "data": config.data.model_copy(update={"path": Path(), "rejects": None})})
+    data = config.data.model_copy(update={"path": Path(), "rejects": None, "backend": "arrow"})
+    neutral = config.model_copy(update={"train": train, "data": data})
     parts = [config_hash(neutral), base.manifest.weights_sha256, base.manifest.template.sha256, data_hash]
     return f"{config.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
 

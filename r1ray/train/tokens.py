@@ -1,8 +1,8 @@
-"""Conversations -> token ids with a loss mask, once per job and before any worker starts; cached as Parquet.
+"""Conversations -> token ids with a loss mask, once per job and before any worker starts; cached as Arrow shards.
 
 The mask comes from the model's own training template (`template.training_ids`), so the loss is on what the assistant says and
 nothing else. A dialogue longer than the limit ends after its last assistant turn that fits; one without such a turn is rejected.
-Knows no batch and no model.
+Here the conversations are in memory; `corpus` does the same over a cluster for those that do not fit. Knows no batch and no model.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import shutil
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from r1ray.data.config import DataConfig
@@ -25,20 +26,24 @@ from r1ray.data.read import Loaded
 from r1ray.errors import NothingToTrain, TooManyBadRows
 from r1ray.model import template
 from r1ray.model.load import training_tokenizer
-from r1ray.types import Artifact, Conversation
+from r1ray.train import shards
+from r1ray.types import Artifact, Conversation, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TokenSet", "fit", "tokenise", "tokenizer_hash"]
+__all__ = ["Encoder", "TokenSet", "check_tokens", "described", "fit", "remove_damaged", "tokenise", "tokenizer_hash"]
 
-_FORMAT = 1  # of the cache; raise it when the meaning of a column changes
+FORMAT = 2
+"""Of the cache; raise it when the meaning of a column changes."""
+_ROWS_AT_ONCE = 1024
+_SHOWN_REJECTS = 3
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSet:
-    """A Parquet file of columns `input_ids` and `mask` (1 = carries loss), and what it holds."""
+    """What lies on disk: `path` is the table of rows, beside which their shards are (`shards`)."""
 
     path: Path
     num_rows: int
@@ -49,19 +54,41 @@ class TokenSet:
     is_mixed: bool = False
 
     @property
+    def is_complete(self) -> bool:
+        return True
+
+    @property
     def told(self) -> str:
         drawn = ", drawn by the file's mix plan" if self.is_mixed else ""
         return f"{self.num_rows} dialogues, {self.num_tokens} tokens, {self.num_trained_tokens} carry loss{drawn}"
 
-    def lengths(self) -> list[int]:
+    def lengths(self) -> array[int]:
         """Tokens of each dialogue."""
-        lengths: list[int] = pc.list_value_length(pq.read_table(self.path, columns=["input_ids"])["input_ids"]).to_pylist()
-        return lengths
+        return shards.weights(self.path.parent, "length")
 
-    def rows(self) -> tuple[list[list[int]], list[list[int]]]:
-        """(input ids, masks), one list per dialogue."""
-        table = pq.read_table(self.path, columns=["input_ids", "mask"])
-        return table["input_ids"].to_pylist(), table["mask"].to_pylist()
+    def rows(self) -> tuple[Sequence[list[int]], Sequence[list[int]]]:
+        """(input ids, masks), one list per dialogue, read from the disk when it is asked for."""
+        return shards.columns(self.path.parent)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoder:
+    """One way of making tokens of turns."""
+
+    tokenizer: PreTrainedTokenizerBase
+    system_prompt: str | None
+    max_length: int
+
+    def encode(self, messages: Sequence[Message]) -> tuple[list[int], list[int], int]:
+        """(ids, mask, number of ids before the cut); no ids where no assistant turn ends within the limit."""
+        ids, mask = template.training_ids(self.tokenizer, messages, system_prompt=self.system_prompt)
+        end = fit(ids, mask, self.max_length)
+        if not any(mask[1:end]):
+            end = 0
+        return list(ids[:end]), list(mask[:end]), len(ids)
+
+    def refusal(self, source: str, num_tokens: int) -> str:
+        return f"left out {source}: {num_tokens} tokens, no assistant turn ends within {self.max_length}"
 
 
 def tokenise(loaded: Loaded, artifact: Artifact, data: DataConfig, *, max_length: int, cache: Path, mix: Mix | None = None) -> TokenSet:
@@ -70,14 +97,17 @@ def tokenise(loaded: Loaded, artifact: Artifact, data: DataConfig, *, max_length
     Raises:
         NothingToTrain: no token carries loss.
         TooManyBadRows: with the dialogues that do not fit, the invalid share exceeds `data.max_bad_share`.
+        DiskFull: the cache has no room for the tokens.
     """
-    path = cache / "tokens" / f"{_key(loaded, artifact, data, max_length, mix)}.parquet"
-    if not path.exists():
-        _write(_Encoding.of(loaded.conversations, artifact, data, max_length), path, mix)
+    place = cache / "tokens" / _key(loaded, artifact, data, max_length, mix)
+    if shards.counts(place) is not None:
+        _log.info("tokens from the cache: %s", place)
     else:
-        _log.info("tokens from the cache: %s", path)
-    tokens = _described(path)
-    _check(tokens, loaded, data, max_length)
+        remove_damaged(place)
+        encoder = Encoder(tokenizer=training_tokenizer(artifact), system_prompt=data.system_prompt, max_length=max_length)
+        _write(loaded.conversations, encoder, place, mix)
+    tokens = described(place)
+    check_tokens(tokens, num_rows=loaded.num_rows, num_invalid=len(loaded.rejects), data=data, max_length=max_length)
     return tokens
 
 
@@ -89,37 +119,6 @@ def fit(ids: Sequence[int], mask: Sequence[int], max_length: int) -> int:
     return next(ends, 0)
 
 
-@dataclass(slots=True)
-class _Encoding:
-    ids: list[list[int]]
-    masks: list[list[int]]
-    names: list[str]
-    num_shortened: int = 0
-    num_rejected: int = 0
-
-    @classmethod
-    def of(cls, conversations: Sequence[Conversation], artifact: Artifact, data: DataConfig, max_length: int) -> _Encoding:
-        tokenizer = training_tokenizer(artifact)
-        encoding = cls([], [], [])
-        for conversation in conversations:
-            encoding.add(conversation, tokenizer, data.system_prompt, max_length)
-        return encoding
-
-    def add(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None, max_length: int) -> None:
-        ids, mask = template.training_ids(tokenizer, conversation.messages, system_prompt=system_prompt)
-        end = fit(ids, mask, max_length)
-        if not any(mask[1:end]):
-            self.num_rejected += 1
-            _log.warning(
-                "left out %s: %d tokens, no assistant turn ends within %d", conversation.source or conversation.id, len(ids), max_length
-            )
-            return
-        self.num_shortened += end < len(ids)
-        self.ids.append(list(ids[:end]))
-        self.masks.append(list(mask[:end]))
-        self.names.append(conversation.id)
-
-
 def tokenizer_hash(artifact: Artifact) -> str:
     """Over the tokenizer's files."""
     digest = hashlib.sha256()
@@ -128,54 +127,96 @@ def tokenizer_hash(artifact: Artifact) -> str:
     return digest.hexdigest()
 
 
-def _key(loaded: Loaded, artifact: Artifact, data: DataConfig, max_length: int, mix: Mix | None) -> str:
-    parts = [_FORMAT, loaded.data_hash, tokenizer_hash(artifact), artifact.manifest.template.sha256, data.system_prompt, max_length]
-    parts += [mix.stored] if mix else []
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
-
-
-def _write(encoding: _Encoding, path: Path, mix: Mix | None) -> None:
-    schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("mask", pa.list_(pa.int8()))])
-    columns: dict[str, list[Any]] = {"input_ids": encoding.ids, "mask": encoding.masks}
-    if mix is not None:
-        columns |= mix.columns(encoding.names)
-        schema = schema.append(pa.field("role", pa.string())).append(pa.field("chars", pa.int64()))
-    counts = {"shortened": encoding.num_shortened, "rejected": encoding.num_rejected, "trained": sum(map(sum, encoding.masks))}
-    table = pa.table(columns, schema=schema)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{hashlib.sha256(repr(id(encoding)).encode()).hexdigest()[:8]}")
-    pq.write_table(
-        table.replace_schema_metadata({"r1ray": json.dumps(counts), **(mix.metadata() if mix else {})}), unfinished, compression="zstd"
-    )
-    unfinished.rename(path)
-
-
-def _described(path: Path) -> TokenSet:
-    table = pq.read_table(path, columns=["input_ids"])
-    counts = json.loads(pq.read_schema(path).metadata[b"r1ray"])
-    num_tokens = sum(len(chunk.flatten()) for chunk in table["input_ids"].chunks)
+def described(place: Path) -> TokenSet:
+    """The finished set in `place`."""
+    found = shards.counts(place)
+    assert found is not None, "written or found whole"
     return TokenSet(
-        path=path,
-        num_rows=table.num_rows,
-        num_tokens=num_tokens,
-        num_trained_tokens=counts["trained"],
-        num_shortened=counts["shortened"],
-        num_rejected=counts["rejected"],
-        is_mixed="role" in pq.read_schema(path).names,
+        path=place / shards.ROWS,
+        num_rows=found["rows"],
+        num_tokens=found["tokens"],
+        num_trained_tokens=found["trained"],
+        num_shortened=found["shortened"],
+        num_rejected=found["rejected"],
+        is_mixed="role" in pq.read_schema(place / shards.ROWS).names,
     )
 
 
-def _check(tokens: TokenSet, loaded: Loaded, data: DataConfig, max_length: int) -> None:
-    num_bad = len(loaded.rejects) + tokens.num_rejected
-    if num_bad > data.max_bad_share * loaded.num_rows:
+def remove_damaged(place: Path) -> None:
+    """Make room for a set whose files are not what they were."""
+    if place.exists():
+        _log.warning("%s is damaged and is made anew", place)
+        shutil.rmtree(place)
+
+
+def check_tokens(tokens: TokenSet, *, num_rows: int, num_invalid: int, data: DataConfig, max_length: int) -> None:
+    """Refuse a set that lost too much, of `num_rows` that were read and `num_invalid` that hold no dialogue.
+
+    Raises:
+        NothingToTrain, TooManyBadRows: see `tokenise`.
+    """
+    num_bad = num_invalid + tokens.num_rejected
+    if num_bad > data.max_bad_share * num_rows:
         raise TooManyBadRows(
             f"{tokens.num_rejected} dialogues have no assistant turn that ends within train.max_length={max_length} tokens; with "
-            f"{len(loaded.rejects)} invalid rows that is {num_bad} of {loaded.num_rows}, more than "
+            f"{num_invalid} invalid rows that is {num_bad} of {num_rows}, more than "
             f"data.max_bad_share={data.max_bad_share:g} allows. Raise train.max_length or the share."
         )
     if tokens.num_trained_tokens == 0:
         raise NothingToTrain(
-            f"None of the {loaded.num_rows} rows of {data.path} has a token that carries loss: no assistant turn has text. Add answers."
+            f"None of the {num_rows} rows of {data.path} has a token that carries loss: no assistant turn has text. Add answers."
         )
     if tokens.num_shortened:
         _log.warning("%d dialogues were cut after an assistant turn to fit train.max_length=%d", tokens.num_shortened, max_length)
+
+
+class _Encoding:
+    """Rows until there are enough of them to be written."""
+
+    def __init__(self, encoder: Encoder, mix: Mix | None) -> None:
+        self._encoder, self._mix = encoder, mix
+        self._ids: list[list[int]] = []
+        self._masks: list[list[int]] = []
+        self._names: list[str] = []
+        self.num_shortened = self.num_rejected = 0
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._ids) >= _ROWS_AT_ONCE
+
+    def add(self, conversation: Conversation) -> None:
+        ids, mask, num_tokens = self._encoder.encode(conversation.messages)
+        if not ids:
+            self.num_rejected += 1
+            if self.num_rejected <= _SHOWN_REJECTS:
+                _log.warning("%s", self._encoder.refusal(conversation.source or conversation.id, num_tokens))
+            return
+        self.num_shortened += len(ids) < num_tokens
+        self._ids.append(ids)
+        self._masks.append(mask)
+        self._names.append(conversation.id)
+
+    def take(self) -> pa.Table:
+        table = pa.table({"input_ids": self._ids, "mask": self._masks}, schema=shards.TOKENS)
+        for name, column in (self._mix.columns(self._names) if self._mix else {}).items():
+            table = table.append_column(name, pa.array(column))
+        self._ids, self._masks, self._names = [], [], []
+        return table
+
+
+def _key(loaded: Loaded, artifact: Artifact, data: DataConfig, max_length: int, mix: Mix | None) -> str:
+    parts: list[Any] = [FORMAT, loaded.data_hash, tokenizer_hash(artifact), artifact.manifest.template.sha256]
+    parts += [data.system_prompt, max_length, *([mix.stored] if mix else [])]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _write(conversations: Iterable[Conversation], encoder: Encoder, place: Path, mix: Mix | None) -> None:
+    encoding = _Encoding(encoder, mix)
+    with shards.replacing(place) as unfinished, shards.ShardWriter(unfinished, is_mixed=mix is not None) as writer:
+        for conversation in conversations:
+            encoding.add(conversation)
+            if encoding.is_full:
+                writer.append(encoding.take())
+        writer.append(encoding.take())
+        counted = {"shortened": encoding.num_shortened, "rejected": encoding.num_rejected}
+        writer.close(counted, mix.metadata() if mix else {})

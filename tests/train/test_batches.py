@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 from hypothesis import given, settings
@@ -28,6 +29,28 @@ def test_every_row_is_trained_once_per_epoch_on_any_number_of_workers(lengths, b
         assert sorted(rows) == sorted(made.batch(step))
         seen.update(rows)
     assert seen == Counter(dict.fromkeys(range(len(lengths)), 2))
+
+
+def as_lists(lengths, batch_size, seed, epoch, window) -> list[tuple[int, ...]]:
+    """The same order, told with lists of tuples: what the plan keeps in arrays."""
+    rng = random.Random(f"{seed}/{epoch}")
+    rows = list(range(len(lengths)))
+    rng.shuffle(rows)
+    size = batch_size * window
+    if window > 1:
+        rows = [row for start in range(0, len(rows), size) for row in sorted(rows[start : start + size], key=lengths.__getitem__)]
+    batches = [tuple(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+    complete = [batch for batch in batches if len(batch) == batch_size]
+    rng.shuffle(complete)
+    return complete + [batch for batch in batches if len(batch) < batch_size]
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 16), st.integers(1, 8), st.integers(0, 3))
+def test_the_order_of_a_seed_stays_what_it_was(lengths, batch_size, window, seed) -> None:
+    made = plan(lengths, batch_size, epochs=2, seed=seed, window=window)
+    expected = [*as_lists(lengths, batch_size, seed, 0, window), *as_lists(lengths, batch_size, seed, 1, window)]
+    assert [made.batch(step) for step in range(made.num_steps)] == expected
 
 
 def test_same_seed_same_batches_other_seed_and_epoch_others() -> None:

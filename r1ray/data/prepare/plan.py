@@ -20,9 +20,10 @@ from r1ray.data.mix import Mixture, ShortSamples, Stage
 from r1ray.data.prepare.config import MixConfig
 from r1ray.errors import UnknownFormat
 
-__all__ = ["Mix", "MixPlan", "Walk", "mix_plan", "read_mix"]
+__all__ = ["MIX_KEY", "Mix", "MixPlan", "Walk", "mix_plan", "read_mix", "stored_mix"]
 
-_KEY = "r1ray.mix"
+MIX_KEY = "r1ray.mix"
+"""Of the file metadata: where the plan is stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,7 @@ class MixPlan:
 
     def metadata(self) -> dict[str, str]:
         """Key and value for the file's metadata."""
-        return {_KEY: json.dumps(asdict(self))}
+        return {MIX_KEY: json.dumps(asdict(self))}
 
 
 def mix_plan(config: MixConfig, median_chars: int) -> MixPlan:
@@ -88,23 +89,29 @@ class Mix:
         return {"role": [role for role, _ in found], "chars": [chars for _, chars in found]}
 
     def metadata(self) -> dict[str, str]:
-        return {_KEY: self.stored}
+        return {MIX_KEY: self.stored}
 
 
 def read_mix(path: Path) -> Mix | None:
     """The mix of the Parquet file at `path`; None for any other file and for a directory."""
-    if path.suffix != ".parquet" or not path.is_file():
-        return None
-    stored = (pq.read_metadata(path).metadata or {}).get(_KEY.encode())
+    stored = stored_mix(path)
     if stored is None:
         return None
     table = pq.read_table(path, columns=["conversation_id", "role", "chars"])
     names, roles, chars = (table[name].to_pylist() for name in ("conversation_id", "role", "chars"))
-    return Mix(stored=stored.decode(), rows={name: (str(role), int(num)) for name, role, num in zip(names, roles, chars, strict=True)})
+    return Mix(stored=stored, rows={name: (str(role), int(num)) for name, role, num in zip(names, roles, chars, strict=True)})
+
+
+def stored_mix(path: Path) -> str | None:
+    """The plan in the metadata of the Parquet file at `path`, as it stands there; None for any other file and for a directory."""
+    if path.suffix != ".parquet" or not path.is_file():
+        return None
+    stored = (pq.read_metadata(path).metadata or {}).get(MIX_KEY.encode())
+    return None if stored is None else stored.decode()
 
 
 def _plan(path: Path) -> MixPlan:
-    stored = (pq.read_metadata(path).metadata or {}).get(_KEY.encode())
+    stored = (pq.read_metadata(path).metadata or {}).get(MIX_KEY.encode())
     if stored is None:
         raise UnknownFormat(f"{path} has no mix plan: it was not written by jobs/prepare_data.py. Prepare it first.")
     tree = json.loads(stored)

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from r1ray.data.prepare.plan import Mix, read_mix
+from r1ray.data.prepare.plan import Mix, read_mix, stored_mix
 from r1ray.data.read import Loaded, read_conversations
 from r1ray.settings import Settings
 from r1ray.train.batches import BatchPlan
@@ -17,6 +17,7 @@ from r1ray.types import Artifact
 
 if TYPE_CHECKING:
     from r1ray.train.config import FinetuneConfig
+    from r1ray.train.corpus import Corpus
     from r1ray.train.objective.sft_trainer import SupervisedTrainer
     from r1ray.train.trainer import Paced
 
@@ -26,14 +27,27 @@ __all__ = ["Supervised"]
 class Supervised(Objective):
     """Dialogues in any format; the loss is the mean over the batch's supervised tokens."""
 
-    def read(self, config: FinetuneConfig) -> Loaded:
-        loaded, mix = read_conversations(config.data), _mix(config, Settings())
-        if mix is None:
-            return loaded
-        return replace(loaded, data_hash=hashlib.sha256(f"{loaded.data_hash} {mix.stored}".encode()).hexdigest())
+    def read(self, config: FinetuneConfig) -> Loaded | Corpus:
+        settings = Settings()
+        if config.data.backend == "ray":
+            return self._streamed(config, settings)
+        loaded, mix = read_conversations(config.data), _mix(config, settings)
+        return loaded if mix is None else replace(loaded, data_hash=_mixed_hash(loaded.data_hash, mix.stored))
 
-    def prepare(self, rows: Loaded, base: Artifact, config: FinetuneConfig, settings: Settings) -> TokenSet:
+    def prepare(self, rows: Loaded | Corpus, base: Artifact, config: FinetuneConfig, settings: Settings) -> TokenSet:
+        if not isinstance(rows, Loaded):
+            return rows.tokens
         return tokenise(rows, base, config.data, max_length=config.train.max_length, cache=settings.cache, mix=_mix(config, settings))
+
+    def _streamed(self, config: FinetuneConfig, settings: Settings) -> Corpus:
+        """Read and tokenised in one pass, since the dialogues in between are never all in memory."""
+        from r1ray.registry import Registry
+        from r1ray.train.corpus import Recipe, read_corpus
+
+        base = Registry(settings).resolve(config.base)
+        mix = stored_mix(settings.locate(config.data.path)) if config.train.mix else None
+        corpus = read_corpus(Recipe(data=config.data, base=base, max_length=config.train.max_length, mix=mix), settings)
+        return corpus if mix is None else replace(corpus, data_hash=_mixed_hash(corpus.data_hash, mix))
 
     def trainer_class(self, _: Bench) -> type[SupervisedTrainer]:
         from r1ray.train.objective.sft_trainer import SupervisedTrainer
@@ -73,6 +87,11 @@ class Supervised(Objective):
             held_out = replace(feed, input_ids=ids, masks=masks, plan=sorted_rows, num_steps=num_batches, accumulation=1)
             trainer.held_out, trainer.num_held_out = bench.sliced(held_out), num_batches
         return trainer
+
+
+def _mixed_hash(data_hash: str, stored: str) -> str:
+    """Another plan is another run."""
+    return hashlib.sha256(f"{data_hash} {stored}".encode()).hexdigest()
 
 
 def _mix(config: FinetuneConfig, settings: Settings) -> Mix | None:

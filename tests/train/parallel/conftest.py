@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from r1ray.config import load_config
 from r1ray.model.importer import import_model
 from r1ray.registry import Registry
 from r1ray.settings import Settings
+from r1ray.train import shards
 from r1ray.train.config import FinetuneConfig
 from r1ray.train.order import WorkOrder
-from r1ray.train.tokens import TokenSet
+from r1ray.train.tokens import TokenSet, described
 from r1ray.types import Artifact
 
 STEPS = 4
@@ -35,10 +35,11 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> TokenSet:
     lengths = [rng.randint(9, 40) for _ in range(4 * STEPS - 3)]
     ids = [[10 + (start + place) % 20 for place in range(length)] for length in lengths for start in [rng.randrange(20)]]
     masks = [[int(place >= length // 2) for place in range(length)] for length in lengths]
-    path = tmp_path_factory.mktemp("tokens") / "tokens.parquet"
-    pq.write_table(pa.table({"input_ids": ids, "mask": masks}), path)
-    counts = {"num_rows": len(ids), "num_tokens": sum(lengths), "num_trained_tokens": sum(map(sum, masks))}
-    return TokenSet(path=path, **counts, num_shortened=0, num_rejected=0)
+    place = tmp_path_factory.mktemp("tokens") / "set"
+    with shards.replacing(place) as unfinished, shards.ShardWriter(unfinished, is_mixed=False) as writer:
+        writer.append(pa.table({"input_ids": ids, "mask": masks}, schema=shards.TOKENS))
+        writer.close({"shortened": 0, "rejected": 0}, {})
+    return described(place)
 
 
 @pytest.fixture(scope="session")
