@@ -78,10 +78,15 @@ class EngineConfig(Config):
         description="Pipeline stages: layers are split over this process and stages - 1 Ray actors, on other nodes if placement says so.",
     )
     tensor_parallel: int = Field(
-        default=1, ge=1, description="GPUs that share each layer, for type vllm; with stages times as many in all."
+        default=1,
+        ge=1,
+        description="Processes, or vLLM's GPUs, that share each layer; with stages times as many in all. The in-house engine takes backend "
+        "transformers for it, and it must divide the model's heads.",
     )
-    stage_cpus: float = Field(default=1.0, ge=0, description="Logical CPUs that Ray reserves for each actor of a pipeline, or GPU of vLLM.")
-    stage_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each actor of a pipeline; 1 for vLLM on GPUs.")
+    stage_cpus: float = Field(
+        default=1.0, ge=0, description="Logical CPUs that Ray reserves for each actor of a split model, or GPU of vLLM."
+    )
+    stage_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each actor of a split model; 1 for vLLM on GPUs.")
     prefix_cache: bool = Field(default=True, description="Keep what prompts that begin alike have computed.")
     kv_cache_gb: float | None = Field(
         default=None,
@@ -94,10 +99,6 @@ class EngineConfig(Config):
     @model_validator(mode="after")
     def _what_the_engine_lacks(self) -> Self:
         if self.type != "vllm":
-            if self.tensor_parallel > 1:
-                raise ValueError(
-                    f"tensor_parallel={self.tensor_parallel} needs type vllm; type {self.type} splits by layers only: set stages"
-                )
             return self
         lacking = {
             "backend": self.backend != "auto",
@@ -112,6 +113,22 @@ class EngineConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _what_tensor_ranks_lack(self) -> Self:
+        if self.tensor_parallel == 1 or self.type == "vllm":
+            return self
+        if self.type != "torch":
+            raise ValueError(
+                f"tensor_parallel={self.tensor_parallel} needs type torch or vllm; type {self.type} has one process: leave it out"
+            )
+        lacking = {"backend": self.backend == "native", "dtype": self.dtype in ("int8", "int4")}
+        if wrong := [key for key, given in lacking.items() if given]:
+            raise ValueError(
+                f"{wrong[0]}={getattr(self, wrong[0])} with tensor_parallel={self.tensor_parallel}: the native kernels compute whole "
+                "layers only; set backend=transformers and dtype=bfloat16, or tensor_parallel=1 and split by layers with stages"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _what_onnx_lacks(self) -> Self:
         lacking = {"backend": self.backend != "auto", "dtype": self.dtype != "auto", "stages": self.stages > 1}
         if self.type == "onnx" and (wrong := [key for key, given in lacking.items() if given]):
@@ -119,11 +136,17 @@ class EngineConfig(Config):
         return self
 
     @property
+    def own_bundle(self) -> dict[str, float]:
+        """What the engine's actors reserve in the bundle of the process that owns it: the other tensor ranks of its stage."""
+        num = self.tensor_parallel - 1 if self.type == "torch" else 0
+        return {"CPU": num * self.stage_cpus, "GPU": num * self.stage_gpus}
+
+    @property
     def actor_bundles(self) -> list[dict[str, float]]:
-        """What the engine's actors reserve beside the process that owns it, a bundle each."""
+        """What they reserve beside it: a bundle per further stage, so that the tensor ranks of each lie in one node."""
         each = {"CPU": self.stage_cpus, "GPU": self.stage_gpus}
         if self.type != "vllm":
-            return [dict(each) for _ in range(self.stages - 1)]
+            return [{name: amount * self.tensor_parallel for name, amount in each.items()} for _ in range(self.stages - 1)]
         num_workers = self.stages * self.tensor_parallel
         if self.vllm.executor == "ray":
             return [dict(each) for _ in range(num_workers)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -56,7 +55,10 @@ def create_engine(artifact: Artifact, config: EngineConfig, registry: Registry) 
 
         return create_vllm(artifact, config, base=directory, shape=shape, eos_token_ids=_eos_ids(artifact, directory, shape))
     config = config.model_copy(
-        update={"max_context": min(config.max_context or limit, limit), "num_threads": choose_threads(config.num_threads)}
+        update={
+            "max_context": min(config.max_context or limit, limit),
+            "num_threads": choose_threads(config.num_threads, num_ranks=config.tensor_parallel),
+        }
     )
     from r1ray.engine.batching import BatchingEngine
 
@@ -75,8 +77,10 @@ def _soft_prompted(artifact: Artifact, config: EngineConfig, registry: Registry,
     from r1ray.model.load import base_of
     from r1ray.model.soft import read_soft_prompt
 
-    if config.stages > 1:
-        raise UnsupportedModel(f"{artifact.ref} is a soft prompt, which a pipeline's stages do not take. Set engine.stages=1.")
+    if config.stages * config.tensor_parallel > 1:
+        raise UnsupportedModel(
+            f"{artifact.ref} is a soft prompt, which a split model does not take. Set engine.stages=1 and engine.tensor_parallel=1."
+        )
     soft = read_soft_prompt(artifact.path)
     check_soft_prompt(soft, shape.get_text_config().hidden_size)
     assert config.max_context is not None, "create_engine has filled it in"
@@ -108,7 +112,7 @@ def _onnx(artifact: Artifact, config: EngineConfig, shape: PretrainedConfig) -> 
 
 def _backend(artifact: Artifact, config: EngineConfig, registry: Registry, shape: PretrainedConfig) -> Backend:
     precision = _native_precision(artifact, config, registry, shape)
-    if config.stages > 1:
+    if config.stages * config.tensor_parallel > 1:
         return _pipeline(artifact, config, registry, shape, precision)
     if precision is not None:
         return _native(artifact, config, registry, shape, precision)
@@ -136,6 +140,8 @@ def _native_precision(artifact: Artifact, config: EngineConfig, registry: Regist
         why: str | None = "engine.backend says transformers"
     elif choose_device(config.device) != "cpu":
         why = f"the device is {choose_device(config.device)}"
+    elif config.tensor_parallel > 1:
+        why = f"engine.tensor_parallel={config.tensor_parallel}, and the native kernels compute whole layers only"
     else:
         why = build.why_not() or refusal(shape, precision)
     if why is None:
@@ -168,32 +174,39 @@ def _native(artifact: Artifact, config: EngineConfig, registry: Registry, shape:
 def _pipeline(
     artifact: Artifact, config: EngineConfig, registry: Registry, shape: PretrainedConfig, precision: Precision | None
 ) -> Backend:
-    """Stages that read their own tensors from the artifact's files, which every node must see under the same path."""
+    """Ranks that read their own tensors from the artifact's files, which every node must see under the same path."""
     import torch
 
+    from r1ray.engine.actors import StageActors
     from r1ray.engine.native.model import Shape
     from r1ray.engine.native.model import kv_bytes_per_token as native_bytes
     from r1ray.engine.paged import kv_bytes_per_token
     from r1ray.engine.pipeline import PipelineBackend
-    from r1ray.engine.stage import StageOrder
+    from r1ray.engine.stage import StageOrder, orders_by_rank
     from r1ray.model.load import base_of, choose_dtype
     from r1ray.model.lora import why_not_plain
 
     is_adapter = artifact.manifest.kind == "adapter"
     if is_adapter and (precision is None or why_not_plain(artifact.path)):
         raise UnsupportedModel(
-            f"{artifact.ref} is an adapter that cannot be merged layer by layer. Merge it first, or set engine.stages=1."
+            f"{artifact.ref} is an adapter that cannot be merged layer by layer. Merge it first, "
+            "or set engine.stages=1 and engine.tensor_parallel=1."
         )
+    directory = base_of(artifact, registry).path if is_adapter else artifact.path
+    if config.tensor_parallel > 1:
+        _check_split(directory, config.tensor_parallel)
     device = choose_device(config.device)
     held = "bfloat16" if config.dtype in ("int8", "int4") else config.dtype  # of layers that the kernels do not run
     wanted = choose_dtype(device)[0] if held == "auto" else getattr(torch, held)
-    bytes_per_token = native_bytes(Shape.of(shape), precision) if precision else kv_bytes_per_token(shape, wanted)
+    if precision:
+        bytes_per_token = native_bytes(Shape.of(shape), precision)
+    else:
+        bytes_per_token = kv_bytes_per_token(shape, wanted, num_tensor=config.tensor_parallel)
     assert config.max_context is not None and config.num_threads is not None, "create_engine has filled them in"
-    ranges = _split(shape, config.stages)
     order = StageOrder(
-        directory=base_of(artifact, registry).path if is_adapter else artifact.path,
+        directory=directory,
         adapter=artifact.path if is_adapter else None,
-        layers=ranges[0],
+        layers=(0, shape.num_hidden_layers),
         precision=precision or str(wanted).removeprefix("torch."),
         native=precision is not None,
         num_blocks=num_kv_blocks(config, bytes_per_token // config.stages, torch.device(device).type),
@@ -201,9 +214,19 @@ def _pipeline(
         num_threads=config.num_threads,
         device=device,
     )
-    orders = [replace(order, layers=layers) for layers in ranges]
-    log.info("pipeline: layers %s", ", ".join(f"{first}-{last - 1}" for first, last in ranges))
-    return PipelineBackend(orders, hidden=shape.hidden_size, resources={"num_cpus": config.stage_cpus, "num_gpus": config.stage_gpus})
+    ranges = _split(shape, config.stages)
+    log.info("pipeline: layers %s, over %d tensor ranks", ", ".join(f"{a}-{b - 1}" for a, b in ranges), config.tensor_parallel)
+    workers = StageActors({"num_cpus": config.stage_cpus, "num_gpus": config.stage_gpus})
+    return PipelineBackend(orders_by_rank(order, ranges, config.tensor_parallel), hidden=shape.hidden_size, workers=workers)
+
+
+def _check_split(directory: Path, num_tensor: int) -> None:
+    """On transformers' own configuration, which has its plan: `shape` may be a plain one."""
+    from transformers import AutoConfig
+
+    from r1ray.engine.tensor import check_split
+
+    check_split(AutoConfig.from_pretrained(directory), num_tensor)
 
 
 def _split(shape: PretrainedConfig, num_stages: int) -> list[tuple[int, int]]:
@@ -248,7 +271,8 @@ def num_kv_blocks(config: EngineConfig, bytes_per_token: int, device: str) -> in
     block = bytes_per_token * BLOCK_SIZE
     assert config.max_context is not None
     wanted = config.num_slots * -(-config.max_context // BLOCK_SIZE) + 1
-    room = config.kv_cache_gb * 1e9 if config.kv_cache_gb else KV_SHARE.get(device, 0.5) * _free_bytes(device)
+    num_sharing = config.tensor_parallel if device == "cpu" else 1  # the ranks of a stage lie in one node, each on a GPU of its own
+    room = config.kv_cache_gb * 1e9 if config.kv_cache_gb else KV_SHARE.get(device, 0.5) * _free_bytes(device) / num_sharing
     num = max(2, min(wanted, int(room // block)))
     if num < wanted:
         tokens, gigabytes = num * BLOCK_SIZE, num * block / 1e9
@@ -286,14 +310,14 @@ def choose_device(wanted: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def choose_threads(wanted: int | None) -> int:
-    """`wanted`, else the physical cores that this process may use.
+def choose_threads(wanted: int | None, *, num_ranks: int = 1) -> int:
+    """`wanted`, else the physical cores that this process may use, over the tensor ranks that compute on them at the same time.
 
     Ray sets OMP_NUM_THREADS to the CPUs that an actor reserves, and to 1 for a job's driver. A reservation is book-keeping: left
     alone, torch would compute on one core of many.
     """
     if wanted is not None:
         return wanted
-    num_threads = max(1, min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1))
+    num_threads = max(1, min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1) // num_ranks)
     log.info("engine threads: %d (this process's physical cores; set engine.num_threads where processes share them)", num_threads)
     return num_threads

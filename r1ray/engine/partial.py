@@ -1,4 +1,4 @@
-"""Some layers of a transformers causal LM: built without weights, then filled with the tensors of its own layers only.
+"""Some layers of a transformers causal LM, whole or a tensor rank's part of each: built without weights, then filled with its own only.
 
 The result takes ids or hidden states (`inputs_embeds`) and gives hidden states, or logits when it holds the last layer.
 """
@@ -6,10 +6,13 @@ The result takes ids or hidden states (`inputs_embeds`) and gives hidden states,
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from r1ray.engine.tensor import WHOLE, Cut, Share, split
 from r1ray.errors import UnsupportedModel
+from r1ray.model.checkpoint import Tensors, checkpoint_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -17,9 +20,13 @@ if TYPE_CHECKING:
 
 __all__ = ["load_layers"]
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-def load_layers(directory: Path, config: PretrainedConfig, dtype: torch.dtype, layers: tuple[int, int]) -> PreTrainedModel:
-    """Layers [first, last) of the checkpoint in `directory`, in evaluation mode, on the CPU.
+
+def load_layers(
+    directory: Path, config: PretrainedConfig, dtype: torch.dtype, layers: tuple[int, int], share: Share = WHOLE
+) -> PreTrainedModel:
+    """Layers [first, last) of the checkpoint in `directory`, `share`'s part of each, in evaluation mode, on the CPU.
 
     Raises:
         UnsupportedModel: the architecture does not keep its layers in `model.layers`, or a tensor is missing.
@@ -31,7 +38,9 @@ def load_layers(directory: Path, config: PretrainedConfig, dtype: torch.dtype, l
         model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     body: Any = getattr(model, "model", None)
     if not hasattr(body, "layers") or not hasattr(body, "norm") or not hasattr(body, "embed_tokens"):
-        raise UnsupportedModel(f"{type(model).__name__} has no model.layers to split. Serve it with engine.stages=1.")
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no model.layers to split. Serve it with engine.stages=1 and engine.tensor_parallel=1."
+        )
     first, last = layers
     total = len(body.layers)
     body.layers = torch.nn.ModuleList(list(body.layers[first:last]))
@@ -40,44 +49,62 @@ def load_layers(directory: Path, config: PretrainedConfig, dtype: torch.dtype, l
         body.norm, model.lm_head = torch.nn.Identity(), torch.nn.Identity()
     if first > 0:
         body.embed_tokens = torch.nn.Identity()
-    _fill(model, directory, first, tied=config.tie_word_embeddings)
+    _fill(model, _Source(directory, first, config.tie_word_embeddings), share)
     body.rotary_emb = type(body.rotary_emb)(config)  # computed, not stored
     return model.eval()
 
 
-def _fill(model: Any, directory: Path, first: int, *, tied: bool) -> None:
-    from r1ray.model.checkpoint import checkpoint_tensors
-
-    tensors = checkpoint_tensors(directory)
-    state = {}
+def _fill(model: Any, source: _Source, share: Share) -> None:
+    cuts = split(model, share)
+    state: dict[str, Any] = {}
     for name, wanted in model.state_dict().items():
-        stored = _stored_name(name, first)
-        if stored == "lm_head.weight" and tied:
-            stored = "model.embed_tokens.weight"
-        if (tensor := tensors(stored)) is None and (tensor := _stacked(tensors, stored)) is None:
-            raise UnsupportedModel(f"{directory} has no tensor {stored}. Import the model again.")
-        state[name] = tensor.to(wanted.dtype)
+        if name == HEAD and source.is_tied and EMBEDDING in state:
+            state[name] = state[EMBEDDING]
+        else:
+            state[name] = source.tensor(name, cuts.get(name), share).to(wanted.dtype).contiguous()
     model.load_state_dict(state, assign=True)
+    if source.is_tied and {EMBEDDING, HEAD} <= state.keys():
+        model.lm_head.weight = model.model.embed_tokens.weight  # one tensor, on a GPU too
 
 
-def _stored_name(name: str, first: int) -> str:
-    parts = name.split(".")
-    if parts[:2] == ["model", "layers"]:
-        parts[2] = str(int(parts[2]) + first)
-    return ".".join(parts)
+class _Source:
+    """The files' tensors by their names in a model whose layers begin with number `first`. Of a cut one only the part is read: what is
+    mapped from a file is read where it is touched."""
 
+    def __init__(self, directory: Path, first: int, is_tied: bool) -> None:
+        self.is_tied = is_tied
+        self._directory = directory
+        self._first = first
+        self._tensors: Tensors = checkpoint_tensors(directory)
 
-def _stacked(tensors: Any, name: str) -> torch.Tensor | None:
-    """transformers 5 holds all experts of a layer in one tensor; checkpoints store them one by one."""
-    import torch
+    def tensor(self, name: str, cut: Cut | None, share: Share) -> torch.Tensor:
+        stored = self._stored_name(name)
+        if (found := self._tensors(stored)) is not None:
+            return found if cut is None else cut(found, share)
+        if (found := self._stacked(stored, cut, share)) is None:
+            raise UnsupportedModel(f"{self._directory} has no tensor {stored}. Import the model again.")
+        return found
 
-    prefix, _, last = name.rpartition(".experts.")
-    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last)
-    if not prefix or parts is None:
-        return None
-    experts: list[torch.Tensor] = []
-    while True:
-        found = [tensors(f"{prefix}.experts.{len(experts)}.{part}.weight") for part in parts]
-        if found[0] is None:
-            return torch.stack(experts) if experts else None
-        experts.append(torch.cat(found))
+    def _stored_name(self, name: str) -> str:
+        if name == HEAD and self.is_tied:
+            return EMBEDDING
+        parts = name.split(".")
+        if parts[:2] == ["model", "layers"]:
+            parts[2] = str(int(parts[2]) + self._first)
+        return ".".join(parts)
+
+    def _stacked(self, name: str, cut: Cut | None, share: Share) -> torch.Tensor | None:
+        """transformers 5 holds all experts of a layer in one tensor; checkpoints store them one by one, gate apart from up."""
+        import torch
+
+        prefix, _, last = name.rpartition(".experts.")
+        parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last)
+        if not prefix or parts is None:
+            return None
+        one = cut and replace(cut, packed=False)
+        experts: list[torch.Tensor] = []
+        while True:
+            found = [self._tensors(f"{prefix}.experts.{len(experts)}.{part}.weight") for part in parts]
+            if any(tensor is None for tensor in found):
+                return torch.stack(experts) if experts else None
+            experts.append(torch.cat([tensor if one is None else one(tensor, share) for tensor in found if tensor is not None]))

@@ -1,83 +1,98 @@
-"""A model over several processes or nodes: a backend whose layers are split into stages, one of them here and the others in Ray actors.
+"""A model over several processes or nodes: a backend whose layers are split into stages, and each stage's layers over tensor ranks.
 
-The driver (this process, rank 0) has the last stage, where logits become tokens; the actors have the earlier ones, each with its own
-layers and its own part of the KV cache. As many passes are under way as there are stages, each of other streams, so that the stages work
-at the same time. A stage that dies fails the engine at once, busy or idle: the replica is rebuilt as one unit.
+The driver (this process, rank 0) is in the last stage, where logits become tokens; workers are the other ranks, each with its own part of
+the layers and of the KV cache. As many passes are under way as there are stages, each of other streams, so that the stages work
+at the same time. A worker that dies fails the engine at once, busy or idle: the replica is rebuilt as one unit. Knows not what runs the
+workers (`actors`: Ray).
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from r1ray.engine.backend import Piece
-from r1ray.engine.stage import CLEAR, END, Link, StageOrder, encode_pass, load_stage, serve_passes
+from r1ray.engine.stage import CLEAR, END, Layers, Link, Place, StageOrder, encode_pass, load_stage, serve_passes
+from r1ray.engine.tensor import RANK_GONE, Share
 from r1ray.errors import AdapterMismatch, EngineStopped
 
-__all__ = ["PipelineBackend"]
+__all__ = ["PipelineBackend", "Worker", "Workers"]
 
 log = logging.getLogger(__name__)
 
-LOAD_TIMEOUT_S = 600.0
-ANSWER_TIMEOUT_S = 300.0  # of a stage for one pass: a dead one is noticed at once, this is for one that hangs
+ANSWER_TIMEOUT_S = 300.0  # of a rank for one pass: a dead one is noticed at once, this is for one that hangs
 GONE = "A stage of the pipeline is gone."
 
 
-class StageActor:
-    """Runs in a Ray actor: loads at once, then computes until the driver ends."""
+class Worker:
+    """One rank: loads at once, then computes until the driver ends."""
 
     def __init__(self, order: StageOrder) -> None:
-        self._layers = load_stage(order)
+        self._order = order
+        self._share = Share(order.place.tensor, order.place.num_tensor)
+        self.layers: Layers = load_stage(order, self._share)
 
-    def node(self) -> str:
-        """Answers when the layers are loaded."""
-        import ray
+    def connect(self, address: str, port: int) -> Link:
+        """All ranks at the same time: each waits for the others."""
+        place = self._order.place
+        link = Link(address, port, place, timeout_s=ANSWER_TIMEOUT_S)
+        if place.num_tensor > 1:
+            self._share.join(link.tensor_group(self._order.device))
+        return link
 
-        return str(ray.get_runtime_context().get_node_id())
+    def compute(self, address: str, port: int, hidden: int) -> None:
+        """Raises EngineStopped or RuntimeError when another rank is gone."""
+        serve_passes(self.layers, self.connect(address, port), self._order.place, hidden)
 
-    def compute(self, address: str, port: int, rank: int, world: int, hidden: int) -> None:
-        """Connect to the others and compute; never returns, so that the call ends when this process does, whatever ended it."""
-        try:
-            link = Link(address, port, rank, world, timeout_s=ANSWER_TIMEOUT_S)
-            serve_passes(self._layers, link, rank, world, hidden)
-        except EngineStopped as error:
-            log.warning("%s", error)
-        except Exception:
-            log.exception("stage %d of the pipeline died", rank)
-        os._exit(0)  # the neighbours see the connection close at once; Ray sees the actor gone
+
+class Workers(Protocol):
+    """What runs the ranks but the first."""
+
+    def start(self, orders: Sequence[StageOrder]) -> None:
+        """A Worker for each order, all at the same time."""
+
+    def wait(self) -> list[str]:
+        """Until all have loaded; the node of each. Raises EngineStopped when one cannot."""
+
+    def compute(self, port: int, hidden: int) -> str:
+        """Let all connect and compute, and return at once: the address where they look for the driver."""
+
+    def wait_for_end(self) -> None:
+        """Until one of them has ended, whatever ended it."""
+
+    def kill(self) -> None: ...
 
 
 class PipelineBackend:
-    """`orders` are the stages in layer order; the last one is loaded here, the others in actors that reserve `resources` each.
+    """`orders` are in the order of their ranks: the first is loaded here, the others by `workers`."""
 
-    Inside a placement group (a Serve replica's) stage i takes the group's bundle i + 1, and this process has bundle 0.
-    """
-
-    def __init__(self, orders: Sequence[StageOrder], *, hidden: int, resources: Mapping[str, float]) -> None:
-        self.depth = len(orders)
+    def __init__(self, orders: Sequence[StageOrder], *, hidden: int, workers: Workers) -> None:
+        self.depth = orders[0].place.num_stages
         self.lacks = frozenset({"adapters"})
-        self.num_blocks = orders[-1].num_blocks
+        self.num_blocks = orders[0].num_blocks
         self._hidden = hidden
-        self._world = len(orders)
+        self._place = orders[0].place
         self._under_way: deque[list[Piece]] = deque()
-        self._actors = _start_actors(orders[:-1], resources)
+        self._workers = workers
+        workers.start(orders[1:])
         try:
-            self._layers = load_stage(orders[-1])
-            self.nodes = _wait_for(self._actors)
-            self._link, self._computing = self._connect()
+            own = Worker(orders[0])
+            self.nodes = workers.wait()
+            port = _free_port()
+            self._link = own.connect(workers.compute(port, hidden), port)
         except Exception:
-            _kill(self._actors)
+            workers.kill()
             raise
+        self._layers = own.layers
         self.vocab_size = self._layers.vocab_size
         self.precision = self._layers.precision
 
@@ -87,105 +102,60 @@ class PipelineBackend:
     def submit(self, pieces: Sequence[Piece]) -> object:
         order = sorted(range(len(pieces)), key=lambda number: len(pieces[number].ids) > 1)  # the general backend wants decoding rows first
         ordered = [replace(pieces[number], adapter=None) for number in order]
-        row = encode_pass(ordered)
-        for rank in range(1, self._world):
-            self._link.send_row(row, rank)
+        self._tell(encode_pass(ordered))
         self._under_way.append(ordered)
         return order
 
     def collect(self, submitted: object) -> Tensor:
         pieces = self._under_way.popleft()
-        num_tokens = sum(len(piece.ids) for piece in pieces)
-        try:
-            hidden = self._link.receive(torch.empty(num_tokens, self._hidden), self._world - 1)
-        except RuntimeError as error:
-            raise EngineStopped(GONE) from error
-        logits = self._layers.stage(pieces, hidden)
+        logits = self._layers.stage(pieces, self._states(sum(len(piece.ids) for piece in pieces)))
         rows = torch.split(logits, [piece.num_logits for piece in pieces])
         assert isinstance(submitted, list), "as submit gave it"
         return torch.cat([rows[submitted.index(number)] for number in range(len(rows))])
 
     def watch(self, lost: Callable[[str], None]) -> None:
-        threading.Thread(target=_await_death, args=(self._computing, lost), name="r1ray-stages", daemon=True).start()
+        def wait() -> None:
+            self._workers.wait_for_end()
+            lost(_gone(self._place))  # of no effect where the engine ended it
+
+        threading.Thread(target=wait, name="r1ray-stages", daemon=True).start()
 
     def load_adapter(self, name: str, path: Path) -> None:
         raise AdapterMismatch(
-            f"A pipeline of {self._world} stages serves one merged model; adapter {name} at {path} cannot be put beside it."
+            f"A model split over {self._place.world} processes is served merged; adapter {name} at {path} cannot be put beside it."
         )
 
     def unload_adapter(self, name: str) -> None:
         """None is ever loaded."""
 
     def clear(self, blocks: Sequence[int]) -> None:
-        for rank in range(1, self._world):
-            self._link.send_row([CLEAR, *blocks], rank)
+        self._tell([CLEAR, *blocks])
         self._layers.clear(blocks)
 
     def close(self) -> None:
-        for rank in range(1, self._world):
-            try:
-                self._link.send_row([END], rank)
-            except RuntimeError as error:
-                log.info("stage %d is gone already: %s", rank, error)
-        _kill(self._actors)
+        try:
+            self._tell([END])
+        except RuntimeError as error:
+            log.info("a rank of the pipeline is gone already: %s", error)
+        self._workers.kill()
         self._layers.close()
 
-    def _connect(self) -> tuple[Link, list[Any]]:
-        """The link, and a reference per actor that resolves when it is gone."""
-        import ray
+    def _tell(self, row: Sequence[int]) -> None:
+        for rank in range(1, self._place.world):
+            self._link.send_row(row, rank)
 
-        address, port = ray.util.get_node_ip_address(), _free_port()
-        computing = [
-            actor.compute.remote(address, port, rank, self._world, self._hidden) for rank, actor in enumerate(self._actors, start=1)
-        ]
-        return Link(address, port, 0, self._world, timeout_s=ANSWER_TIMEOUT_S), computing
-
-
-def _start_actors(orders: Sequence[StageOrder], resources: Mapping[str, float]) -> list[Any]:
-    import ray
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    group = ray.util.get_current_placement_group()
-    actors = []
-    for number, order in enumerate(orders):
-        options: dict[str, Any] = dict(resources)
-        if group is not None and group.bundle_count > 1:
-            options["num_cpus"] = 0  # the bundle is the replica's already; the stages of its next version must fit beside these
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-                placement_group=group, placement_group_bundle_index=1 + number % (group.bundle_count - 1)
-            )
-        actors.append(ray.remote(StageActor).options(**options).remote(order))
-    return actors
+    def _states(self, num_tokens: int) -> Tensor | None:
+        """What the stage before has computed; None where there is none."""
+        if self._place.before is None:
+            return None
+        try:
+            return self._link.receive(torch.empty(num_tokens, self._hidden), self._place.before)
+        except RuntimeError as error:
+            raise EngineStopped(_gone(self._place)) from error
 
 
-def _wait_for(actors: Sequence[Any]) -> list[str]:
-    import ray
-    from ray.exceptions import RayError
-
-    try:
-        nodes: list[str] = ray.get([actor.node.remote() for actor in actors], timeout=LOAD_TIMEOUT_S)
-    except RayError as error:
-        raise EngineStopped(f"A stage of the pipeline could not load its layers: {error}.") from error
-    return nodes
-
-
-def _await_death(computing: list[Any], lost: Callable[[str], None]) -> None:
-    import ray
-    from ray.exceptions import RayError
-
-    ended, _ = ray.wait(computing, num_returns=1)
-    try:
-        ray.get(ended)
-    except RayError as error:
-        log.info("a stage of the pipeline ended: %s", error)
-    lost(GONE)  # of no effect where the engine ended it
-
-
-def _kill(actors: Sequence[Any]) -> None:
-    import ray
-
-    for actor in actors:
-        ray.kill(actor)
+def _gone(place: Place) -> str:
+    return GONE if place.num_tensor == 1 else RANK_GONE
 
 
 def _free_port() -> int:

@@ -1,14 +1,15 @@
-"""One stage of a pipeline: some layers, their part of the KV cache, and the links to the neighbours.
+"""One process of a split model: its part of some layers, of their KV cache, and the links to the others.
 
-The passes come as one row of integers over the same links as the activations, so that a step needs no call through Ray; Ray starts the
-stages, loads them and sees them die. Knows no scheduler: passes are computed in the order they arrive.
+Stages split the model by layers; the tensor ranks of a stage split each of its layers. The passes come as one row of integers over the same
+links as the activations, so that a step needs no call through Ray; Ray starts the processes, loads them and sees them die. Knows no
+scheduler: passes are computed in the order they arrive.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,17 +19,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from r1ray.engine.backend import Piece
+from r1ray.engine.tensor import Share
 from r1ray.errors import EngineStopped
 from r1ray.model.architecture import read_architecture
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["Layers", "Link", "StageOrder", "decode_pass", "encode_pass", "load_stage", "serve_passes"]
+__all__ = ["Layers", "Link", "Place", "StageOrder", "decode_pass", "encode_pass", "load_stage", "orders_by_rank", "serve_passes"]
 
 log = logging.getLogger(__name__)
 
 PASS, CLEAR, END = 1, 2, 0
+FOR_EVER = timedelta(days=365)  # an idle engine sends nothing; a dead one closes the connection
 
 
 class Layers(Protocol):
@@ -46,8 +49,45 @@ class Layers(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Which process of the world this is: tensor rank `tensor` of stage `stage`.
+
+    Rank 0, the driver, is the last stage's first, since logits become tokens there; the other ranks of its stage follow, then the first
+    stage's and so on. States go from a rank to the same tensor rank of the next stage: all ranks of a stage have the same.
+    """
+
+    stage: int = 0
+    num_stages: int = 1
+    tensor: int = 0
+    num_tensor: int = 1
+
+    @property
+    def bundle(self) -> int:
+        """Of the placement group: one per stage, the driver's first."""
+        return (self.stage + 1) % self.num_stages
+
+    @property
+    def rank(self) -> int:
+        return self.bundle * self.num_tensor + self.tensor
+
+    @property
+    def world(self) -> int:
+        return self.num_stages * self.num_tensor
+
+    @property
+    def before(self) -> int | None:
+        """The rank that hands states to this one; None at the first stage."""
+        return replace(self, stage=self.stage - 1).rank if self.stage else None
+
+    @property
+    def after(self) -> int | None:
+        """The rank that takes this one's states; None at the last stage."""
+        return replace(self, stage=self.stage + 1).rank if self.stage < self.num_stages - 1 else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageOrder:
-    """All that a stage must know to load its layers; small, since it travels to another node."""
+    """All that a process must know to load its layers; small, since it travels to another node."""
 
     directory: Path
     adapter: Path | None
@@ -58,15 +98,27 @@ class StageOrder:
     context: int
     num_threads: int
     device: str = "cpu"
+    place: Place = field(default_factory=Place)
 
 
-def load_stage(order: StageOrder) -> Layers:
-    """Read the tensors of these layers only."""
+def orders_by_rank(order: StageOrder, ranges: Sequence[tuple[int, int]], num_tensor: int) -> list[StageOrder]:
+    """One for each of `num_tensor` ranks of each of the stages whose layers are `ranges`."""
+    orders = [
+        replace(order, layers=layers, place=Place(stage=stage, num_stages=len(ranges), tensor=tensor, num_tensor=num_tensor))
+        for stage, layers in enumerate(ranges)
+        for tensor in range(num_tensor)
+    ]
+    return sorted(orders, key=lambda order: order.place.rank)
+
+
+def load_stage(order: StageOrder, share: Share) -> Layers:
+    """Read the tensors of these layers only, and of each tensor `share`'s part only."""
     if order.native:
+        assert share.size == 1, "the compiled kernels compute whole layers"
         return _native(order, read_architecture(order.directory))
     from transformers import AutoConfig
 
-    return _transformers(order, AutoConfig.from_pretrained(order.directory))
+    return _transformers(order, AutoConfig.from_pretrained(order.directory), share)
 
 
 def _native(order: StageOrder, config: PretrainedConfig) -> Layers:
@@ -85,28 +137,27 @@ def _native(order: StageOrder, config: PretrainedConfig) -> Layers:
     return NativeModel(config, merged(tensors, read_lora(order.adapter)) if order.adapter else tensors, options)
 
 
-def _transformers(order: StageOrder, config: PretrainedConfig) -> Layers:
+def _transformers(order: StageOrder, config: PretrainedConfig, share: Share) -> Layers:
     from r1ray.engine.paged import TransformersBackend
     from r1ray.engine.partial import load_layers
 
     torch.set_num_threads(order.num_threads)
-    model = load_layers(order.directory, config, getattr(torch, order.precision), order.layers).to(torch.device(order.device))
-    return TransformersBackend(model, num_blocks=order.num_blocks)
+    model = load_layers(order.directory, config, getattr(torch, order.precision), order.layers, share)
+    return TransformersBackend(model.to(torch.device(order.device)), num_blocks=order.num_blocks)
 
 
 class Link:
-    """Point-to-point messages between the ranks of one pipeline, over gloo. A group of its own: the process may have others."""
+    """Messages between the processes of one model, over gloo, and the groups that add up. Its own: the process may have others."""
 
-    def __init__(self, address: str, port: int, rank: int, world: int, *, timeout_s: float) -> None:
-        timeout = timedelta(seconds=timeout_s)
+    def __init__(self, address: str, port: int, place: Place, *, timeout_s: float) -> None:
         torch_distributed: Any = dist  # its stubs lack what follows
-        gloo = torch_distributed.ProcessGroupGloo
-        store = torch_distributed.TCPStore(address, port, world, rank == 0, timeout=timeout, wait_for_workers=False)
-        options = gloo._Options()
-        options._devices = [gloo.create_device(hostname=_own_address(address, port))]
-        options._timeout = timeout
-        self._group: Any = gloo(store, rank, world, options)
+        self._timeout = timedelta(seconds=timeout_s)
+        is_master = place.rank == 0
+        store = torch_distributed.TCPStore(address, port, place.world, is_master, timeout=self._timeout, wait_for_workers=False)
         self._store = store  # the connection dies with it
+        self._place = place
+        self._address = _own_address(address, port)
+        self._group = self._gloo(store, place.rank, place.world)
         self._sending: list[tuple[dist.Work, Tensor]] = []
 
     def send(self, tensor: Tensor, to: int) -> None:
@@ -114,9 +165,9 @@ class Link:
         self._sending = [entry for entry in self._sending if not entry[0].is_completed()]
         self._sending.append((self._group.send([tensor], to, 0), tensor))
 
-    def receive(self, tensor: Tensor, source: int) -> Tensor:
+    def receive(self, tensor: Tensor, source: int, *, within: timedelta | None = None) -> Tensor:
         """Fill `tensor`; RuntimeError when the other end dies or nothing comes in time."""
-        self._group.recv([tensor], source, 0).wait()
+        self._group.recv([tensor], source, 0).wait(within or self._timeout)
         return tensor
 
     def send_row(self, numbers: Sequence[int], to: int) -> None:
@@ -125,8 +176,28 @@ class Link:
         self.send(torch.tensor(numbers, dtype=torch.int32), to)
 
     def receive_row(self, source: int) -> list[int]:
-        length = int(self.receive(torch.empty(1, dtype=torch.int32), source))
+        """Waits for it as long as the other end lives."""
+        length = int(self.receive(torch.empty(1, dtype=torch.int32), source, within=FOR_EVER))
         return self.receive(torch.empty(length, dtype=torch.int32), source).tolist()
+
+    def tensor_group(self, device: str) -> Any:
+        """The ranks of this one's stage: over NCCL where each has a GPU of its own, else over gloo. All of them must ask for it."""
+        place = self._place
+        torch_distributed: Any = dist
+        store = torch_distributed.PrefixStore(f"stage{place.stage}", self._store)
+        if not device.startswith("cuda") or not _have_own_gpus(store, place, device):
+            return self._gloo(store, place.tensor, place.num_tensor)
+        options = torch_distributed.ProcessGroupNCCL.Options()
+        options._timeout = self._timeout
+        return torch_distributed.ProcessGroupNCCL(store, place.tensor, place.num_tensor, options)
+
+    def _gloo(self, store: Any, rank: int, size: int) -> Any:
+        torch_distributed: Any = dist
+        gloo = torch_distributed.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname=self._address)]
+        options._timeout = self._timeout
+        return gloo(store, rank, size, options)
 
 
 def _own_address(address: str, port: int) -> str:
@@ -136,6 +207,15 @@ def _own_address(address: str, port: int) -> str:
     with socket.create_connection((address, port), timeout=10) as probe:
         own: str = probe.getsockname()[0]
         return own
+
+
+def _have_own_gpus(store: Any, place: Place, device: str) -> bool:
+    """NCCL refuses two ranks on one GPU, which fractions of `stage_gpus` put there."""
+    store.set(f"gpu{place.tensor}", str(torch.cuda.get_device_properties(torch.device(device)).uuid))
+    num_gpus = len({store.get(f"gpu{rank}") for rank in range(place.num_tensor)})
+    if num_gpus < place.num_tensor:
+        log.info("tensor parallel: gloo through main memory (%d ranks on %d GPUs; NCCL wants one each)", place.num_tensor, num_gpus)
+    return num_gpus == place.num_tensor
 
 
 def encode_pass(pieces: Sequence[Piece]) -> list[int]:
@@ -160,8 +240,8 @@ def decode_pass(row: Sequence[int]) -> list[Piece]:
 
 
 @torch.inference_mode()
-def serve_passes(layers: Layers, link: Link, rank: int, world: int, hidden: int) -> None:
-    """Compute what rank 0 sends until it ends; rank 0 has the last stage, rank 1 the first, each hands on to the next.
+def serve_passes(layers: Layers, link: Link, place: Place, hidden: int) -> None:
+    """Compute what rank 0 sends until it ends. The last stage's results are rank 0's alone to use: other ranks of it drop theirs.
 
     Raises:
         EngineStopped: a neighbour is gone.
@@ -170,7 +250,7 @@ def serve_passes(layers: Layers, link: Link, rank: int, world: int, hidden: int)
         try:
             row = link.receive_row(0)
         except RuntimeError as error:
-            raise EngineStopped(f"Stage {rank} of the pipeline lost its driver: {error}.") from error
+            raise EngineStopped(f"Rank {place.rank} of the pipeline lost its driver: {error}.") from error
         if row[0] == END:
             return
         if row[0] == CLEAR:
@@ -178,6 +258,8 @@ def serve_passes(layers: Layers, link: Link, rank: int, world: int, hidden: int)
             continue
         pieces = decode_pass(row)
         before = None
-        if rank > 1:
-            before = link.receive(torch.empty(sum(len(piece.ids) for piece in pieces), hidden), rank - 1)
-        link.send(layers.stage(pieces, before).float().cpu().contiguous(), (rank + 1) % world)
+        if place.before is not None:
+            before = link.receive(torch.empty(sum(len(piece.ids) for piece in pieces), hidden), place.before)
+        states = layers.stage(pieces, before)
+        if place.after is not None:
+            link.send(states.float().cpu().contiguous(), place.after)

@@ -75,7 +75,7 @@ def _model_options(args: ModelArgs) -> dict[str, Any]:
         **HEALTH,
     }
     bundles = args.replica_bundles
-    if place.bundles or len(bundles) > 1:
+    if place.bundles or len(bundles) > 1 or args.engine.tensor_parallel > 1:
         options["placement_group_bundles"] = bundles
         options["placement_group_strategy"] = place.strategy
         if place.labels:

@@ -79,11 +79,12 @@ class ModelArgs(Config):
 
     @property
     def replica_bundles(self) -> list[dict[str, float]]:
-        """What one replica reserves: bundle 0 is the replica itself, the others its engine's actors'."""
+        """What one replica reserves: bundle 0 is the replica and the actors of its own stage, the others those of further stages."""
         place = self.placement
         if place.bundles:
             return [dict(bundle) for bundle in place.bundles]
-        own = {"CPU": place.num_cpus, "GPU": place.num_gpus}
+        beside = self.engine.own_bundle
+        own = {"CPU": place.num_cpus + beside["CPU"], "GPU": place.num_gpus + beside["GPU"]}
         bundles = [{**bundle, **place.resources} for bundle in [own, *self.engine.actor_bundles]]
         return [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
 

@@ -85,7 +85,6 @@ def test_adapters_make_room_for_the_models_own() -> None:
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
-        ({"tensor_parallel": 2}, "tensor_parallel=2 needs type vllm"),
         ({"type": "vllm", "dtype": "int8"}, "dtype=int8"),
         ({"type": "vllm", "backend": "native"}, "backend=native"),
         ({"type": "vllm", "device": "cuda"}, "device=cuda"),

@@ -1,6 +1,7 @@
 """A pipeline over raylets; run by test_pipeline.py in a process of its own, since the session has a cluster.
 
-Two tiny models as 1, 2 and 3 stages, each stage on a node of its own, on both backends; then a stage is killed under load.
+Two tiny models as 1, 2 and 3 stages, each stage on a node of its own, on both backends, once of two tensor ranks each; then a stage is
+killed under load.
 Prints one JSON object: what each configuration generated, where its stages were, and what the streams saw when the stage died.
 Usage: python pipeline.py QWEN2_DIRECTORY DEEPSEEK_DIRECTORY
 """
@@ -51,15 +52,16 @@ async def generate(engine: Any) -> list[list[int]]:
         await engine.stop()
 
 
-def spread_engine(artifact: Any, registry: Registry, stages: int, backend: str) -> tuple[Any, Any]:
+def spread_engine(artifact: Any, registry: Registry, stages: int, backend: str, num_tensor: int = 1) -> tuple[Any, Any]:
     """An engine whose actors lie on nodes of their own, as in a replica with STRICT_SPREAD bundles."""
     import ray
     from ray.util.placement_group import placement_group
 
-    config = EngineConfig(dtype="float32", backend=backend, stages=stages, num_slots=4, prefill_chunk=16, num_threads=1, kv_cache_gb=0.01)
+    settings = {"dtype": "float32", "num_slots": 4, "prefill_chunk": 16, "num_threads": 1, "kv_cache_gb": 0.01}
+    config = EngineConfig(backend=backend, stages=stages, tensor_parallel=num_tensor, **settings)  # type: ignore[arg-type]
     if stages == 1:
         return create_engine(artifact, config, registry), None
-    group = placement_group([{"CPU": 1}] * stages, strategy="STRICT_SPREAD")
+    group = placement_group([{"CPU": num_tensor}] * stages, strategy="STRICT_SPREAD")
     ray.get(group.ready(), timeout=60)
     real = ray.util.get_current_placement_group
     ray.util.get_current_placement_group = lambda: group  # what a replica inside the group sees
@@ -77,7 +79,7 @@ async def killed(engine: Any) -> list[str]:
     running = [asyncio.create_task(tokens(engine, request(number, 400))) for number in range(4)]
     while engine.stats().num_generated_tokens < 8:
         await asyncio.sleep(0.005)
-    ray.kill(engine._backend._actors[0])
+    ray.kill(engine._backend._workers.actors[0])
     seen = await asyncio.gather(*running, return_exceptions=True)
     try:
         await tokens(engine, request(9))
@@ -136,6 +138,9 @@ def main(directories: dict[str, Path]) -> None:
             found[f"{name}/{stages}/{backend}"] = {"nodes": len(set(places)), "tokens": asyncio.run(generate(engine))}
             if group is not None:
                 remove_placement_group(group)
+        engine, group = spread_engine(artifacts["deepseek"], registry, 2, "auto", num_tensor=2)
+        found["tensor"] = {"nodes": engine._backend.nodes, "tokens": asyncio.run(generate(engine))}
+        remove_placement_group(group)
         engine, _ = spread_engine(artifacts["qwen2"], registry, 2, "auto")
         found["killed"] = asyncio.run(killed(engine))
         found["placed"] = placed(nodes)

@@ -43,6 +43,10 @@ def test_stages_on_nodes_of_their_own_generate_what_one_process_does(tiny_qwen2:
     assert len(seen) == 5
     assert all("EngineStopped" in outcome and "stage of the pipeline is gone" in outcome for outcome in seen), seen
     assert state == "failed"
+    tensor = found.pop("tensor")
+    of_last, first, again = tensor["nodes"]
+    assert first == again != of_last, "the tensor ranks of a stage lie in its node"
+    assert tensor["tokens"] == found["deepseek/1/auto"]["tokens"]
     for key, run in found.items():
         name, stages, _ = key.split("/")
         assert run["nodes"] == int(stages) - 1, key

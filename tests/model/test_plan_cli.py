@@ -75,7 +75,8 @@ def test_serving_prints_the_layout_the_bundles_and_the_lines_for_serve_config(ru
     output = run("serve", "--model", "r1", "--gpus", "16xh100", "--tensor-parallel", "8").output
     assert "2 stages of 32+29 layers" in output
     assert "2 bundles of {GPU: 8}, STRICT_SPREAD" in " ".join(output.split())
-    assert "stages: 16 # planned as 2 stages of tensor parallel degree 8, which this engine has not: expect less" in output
+    assert "stages: 2 # layers 32, 29" in output
+    assert "tensor_parallel: 8 # GPUs of one node" in output
 
 
 def test_serving_simulates_when_asked(run):

@@ -135,7 +135,8 @@ def test_the_fragment_is_an_entry_of_serve_config(hardware, name, gpus):
     (entry,) = yaml.safe_load(text)
     served = ModelArgs.model_validate(entry)
     assert served.engine.num_slots == min(512, replica.most_streams)
-    assert sum(bundle["GPU"] for bundle in served.replica_bundles) == served.engine.stages == replica.layout.num_gpus
+    assert [bundle["GPU"] for bundle in served.replica_bundles] == [replica.layout.tensor_parallel] * replica.layout.stages
+    assert (served.engine.stages, served.engine.tensor_parallel) == (replica.layout.stages, replica.layout.tensor_parallel)
     assert [line for line in text.splitlines() if "#" not in line] == []
 
 

@@ -65,6 +65,18 @@ def test_a_pipeline_reserves_a_bundle_per_stage() -> None:
         ModelArgs.model_validate(model | {"placement": {"bundles": [{"CPU": 1}, {"CPU": 1}]}})
 
 
+def test_the_tensor_ranks_of_a_stage_share_a_bundle_so_that_they_lie_in_one_node() -> None:
+    from r1ray.serve.app import _model_options
+
+    engine = {"stages": 2, "tensor_parallel": 4, "stage_cpus": 2, "stage_gpus": 1}
+    model = {"id": "a", "ref": "a@1", "engine": engine, "placement": {"num_cpus": 1, "num_gpus": 1}}
+    options = _model_options(ModelArgs.model_validate(model))
+    assert options["placement_group_bundles"] == [{"CPU": 7, "GPU": 4}, {"CPU": 8, "GPU": 4}]
+    assert options["ray_actor_options"]["num_gpus"] == 1
+    one_stage = ModelArgs.model_validate(model | {"engine": engine | {"stages": 1}})
+    assert _model_options(one_stage)["placement_group_bundles"] == [{"CPU": 7, "GPU": 4}]
+
+
 def test_serve_makes_our_args_of_the_file() -> None:
     import inspect
 

@@ -1,7 +1,6 @@
 """A replica on paper as an entry of serve_config.yaml's `models`, each key with its comment.
 
-Takes a Replica, gives text. The keys are r1ray/serve/config.py's, which this package cannot import; a test validates them. The in-house
-engine splits a model by layers only: where the plan has a tensor-parallel degree, its GPUs become stages too, and a comment says so.
+Takes a Replica, gives text. The keys are r1ray/serve/config.py's, which this package cannot import; a test validates them.
 """
 
 from __future__ import annotations
@@ -43,13 +42,11 @@ def _stages(replica: Replica) -> list[str]:
     layout = replica.layout
     if layout.num_gpus == 1:
         return ["    stages: 1 # one GPU holds it"]
-    why = f"planned as {layout.stages} stages of tensor parallel degree {layout.tensor_parallel}, which this engine has not: expect less"
-    if layout.tensor_parallel == 1:
-        why = f"layers {', '.join(map(str, layout.layers))}"
     return [
-        f"    stages: {layout.num_gpus} # {why}",
-        "    stage_cpus: 1 # of each stage's process",
-        "    stage_gpus: 1 # of each stage's process",
+        f"    stages: {layout.stages} # layers {', '.join(map(str, layout.layers))}",
+        f"    tensor_parallel: {layout.tensor_parallel} # GPUs of one node that share each layer",
+        "    stage_cpus: 1 # of each GPU's process",
+        "    stage_gpus: 1 # of each GPU's process",
     ]
 
 
@@ -57,13 +54,13 @@ def _placement(replica: Replica) -> list[str]:
     lines = [
         "  placement: # what one replica reserves, and where",
         "    num_cpus: 1 # its process",
-        "    num_gpus: 1 # its own stage, the last",
+        "    num_gpus: 1 # its own, in the last stage",
     ]
     if replica.layout.num_gpus == 1:
         return lines
     return [
         *lines,
-        "    bundles: [] # one per stage, as engine.stage_cpus and engine.stage_gpus say",
+        "    bundles: [] # one per stage, as engine.tensor_parallel, stage_cpus and stage_gpus say",
         "    strategy: PACK # on as few nodes as hold them",
     ]
 
