@@ -65,6 +65,9 @@ class Parallelism(Config):
         return self.tensor * self.pipeline * self.sequence
 
 
+_OWN_MEASURES = {"dpo": "dpo.eval_share", "reward": "reward.eval_share", "grpo": "grpo.num_held_out"}
+
+
 class TrainConfig(Config):
     """How to train. A batch is `batch_size` dialogues over all workers, so the same seed gives the same batches at any worker count."""
 
@@ -206,10 +209,14 @@ class TrainConfig(Config):
             raise ValueError(f"offload {self.offload} needs ZeRO; set zero_stage={least}, it is {self.zero_stage}")
 
     def _can_measure(self) -> None:
+        own = _OWN_MEASURES.get(self.objective)
+        if own is not None and (self.eval_share or self.early_stopping_patience is not None):
+            raise ValueError(
+                f"eval_share and early_stopping_patience watch the loss of held-out dialogues, which objective {self.objective} does not "
+                f"have; set train.{own}, which measures before and after, and eval_share=0 early_stopping_patience=null"
+            )
         if self.early_stopping_patience is not None and not self.eval_share:
             raise ValueError("early_stopping_patience needs held-out dialogues to watch; set eval_share, to 0.05 say")
-        if self.eval_share and (self.objective != "sft" or self.parallelism.pipeline > 1):
-            raise ValueError("eval_share measures objective sft without pipeline stages; set it to 0 here")
 
     @property
     def is_elastic(self) -> bool:

@@ -27,11 +27,23 @@ class Material(Protocol):
     """Tokenised rows on disk and what they hold; small, since it is pickled to the workers."""
 
     @property
+    def path(self) -> Path:
+        """Their Parquet file."""
+
+    @property
     def num_rows(self) -> int: ...
 
     @property
     def told(self) -> str:
         """`2400 dialogues, 310000 tokens, ...` for the job log."""
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether a mix plan in the file says which rows come when."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether `lengths` are those of the forward passes; prompts are answered only then."""
 
     def lengths(self) -> Sequence[int]:
         """Tokens of each row, in order: what batches are grouped by."""
@@ -65,12 +77,11 @@ def plan_of(config: TrainConfig, lengths: Sequence[int]) -> BatchPlan:
 
 def plan_for(config: TrainConfig, material: Material) -> BatchPlan:
     """The same, in the order of the mix plan where the material has one."""
-    if not getattr(material, "is_mixed", False):
+    if not material.is_mixed:
         return plan_of(config, material.lengths())
     from r1ray.train.mixed import MixedPlan
 
-    lengths, path = material.lengths(), material.path  # type: ignore[attr-defined]
-    return MixedPlan(lengths, config.batch_size, config.num_epochs, config.seed, group_window=1, tokens=path)
+    return MixedPlan(material.lengths(), config.batch_size, config.num_epochs, config.seed, group_window=1, tokens=material.path)
 
 
 def resolve_order(
@@ -86,12 +97,12 @@ def resolve_order(
     num_steps = min(plan.num_steps, config.max_steps or plan.num_steps)
     layout = layout_of(config, config.max_workers)
     accumulation = accumulation_steps(config.rows_per_batch, layout.data, config.micro_batch_size)
-    padding = 0.0 if config.packing else plan.padding_share(layout.data, accumulation)
     dtype, reason = (known.dtype, "the run began with it") if known else _dtype(config)
     eager = not config.use_gpu and layout.sequence == 1
     attention = config.attention if config.attention != "auto" else "eager" if eager else "sdpa"
     say(f"{directory.name} on {base.ref}")
-    say(f"{material.told}, {padding:.1%} padding")
+    is_padded = material.is_complete and not config.packing
+    say(f"{material.told}, {plan.padding_share(layout.data, accumulation):.1%} padding" if is_padded else material.told)
     budget = f", at most {config.max_seconds:.0f} s" if config.max_seconds else ""
     say(f"{num_steps} steps of {config.batch_size} dialogues ({_workers(config)} x {accumulation} passes){budget}")
     threads = f"{num_threads(config)} threads per worker"
@@ -116,7 +127,7 @@ def _parts(config: TrainConfig, material: Material) -> tuple[Material, Material 
     """(trained on, held out)."""
     if not config.eval_share:
         return material, None
-    if getattr(material, "is_mixed", False):
+    if material.is_mixed:
         raise InvalidValue("train.eval_share takes rows out of a file whose mix plan counts on them; set train.mix=false or eval_share=0.")
     from r1ray.train.parts import parted
 

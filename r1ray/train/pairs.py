@@ -78,6 +78,14 @@ class PairSet:
     num_rejected: int
 
     @property
+    def is_mixed(self) -> bool:
+        return False
+
+    @property
+    def is_complete(self) -> bool:
+        return True
+
+    @property
     def told(self) -> str:
         held = f"{self.num_held_out} pairs held out, {self.num_cut} with an answer cut"
         return f"{self.num_rows} pairs, {self.num_tokens} tokens, {self.num_answer_tokens} in answers ({held})"

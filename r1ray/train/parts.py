@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from r1ray.errors import NothingToTrain
@@ -36,12 +37,26 @@ class Part:
         return array("q", (row for row in range(total) if (row in held) == self.is_held_out))
 
     @property
+    def path(self) -> Path:
+        """Of the whole."""
+        return self.whole.path
+
+    @property
     def num_rows(self) -> int:
         return len(self.chosen)
 
     @property
     def told(self) -> str:
         return f"{self.whole.told}; {self.whole.num_rows - self.num_rows} are held out"
+
+    @property
+    def is_mixed(self) -> bool:
+        """A mix plan counts on all rows."""
+        return False
+
+    @property
+    def is_complete(self) -> bool:
+        return self.whole.is_complete
 
     def lengths(self) -> Sequence[int]:
         lengths = self.whole.lengths()

@@ -66,6 +66,14 @@ class PromptSet:
     num_rejected: int
 
     @property
+    def is_mixed(self) -> bool:
+        return False
+
+    @property
+    def is_complete(self) -> bool:
+        return False
+
+    @property
     def told(self) -> str:
         return f"{self.num_rows} prompts, {self.num_tokens} tokens, and {self.num_held_out} held out"
 

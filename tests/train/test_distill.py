@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +19,17 @@ from r1ray.train.config import FinetuneConfig
 from r1ray.train.distillation import add_distillation_loss, summed_divergence, supervised_logits
 from r1ray.train.loss import add_supervised_loss
 from r1ray.train.objective import objective_of
+from r1ray.train.objective.base import Bench
+from r1ray.train.order import resolve_order
+from r1ray.train.parallel.layout import Layout
+from r1ray.train.schedule import Schedule
+
+
+class Plain(Bench):
+    """Without DeepSpeed, which wants a process group."""
+
+    def arguments(self) -> dict[str, Any]:
+        return super().arguments() | {"deepspeed": None}
 
 
 def by_torch(student, teacher, kind, temperature):
@@ -166,3 +178,28 @@ def test_distillation_wants_a_teacher_that_stays_whole() -> None:
     for more, says in ((["train.distill.teacher=null"], "needs a model to learn from"), (["train.zero_stage=3"], "split the teacher")):
         with pytest.raises(InvalidValue, match=says):
             load_config(FinetuneConfig, None, ["data.path=x", "train.objective=distill", "train.distill.teacher=t", *more])
+
+
+def test_the_divergence_of_held_out_rows_is_measured_and_trains_nothing(config, registry, settings, tiny_llama, tmp_path) -> None:
+    _, teacher = pair(tiny_llama)
+    teacher.save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "teacher")
+    import_model(str(tmp_path / "teacher"), name="sage", registry=registry)
+    shape = ("method=full", "zero_stage=0", "dtype=float32", "attention=eager", "batch_size=2", "micro_batch_size=2", "eval_share=0.5")
+    made = config("train.distill.teacher=sage", *(f"train.{item}" for item in shape))
+    objective, base = objective_of("distill"), registry.resolve("tiny")
+    material = objective.prepare(objective.read(made), base, made, settings)
+    order = resolve_order(made.train, base, material, settings.checkpoints / "run", settings, lambda _: None)
+    place = {"rank": 0, "num_workers": 1, "accumulation": 1, "layout": Layout(world=1), "global_rank": 0}
+    bench = Plain(order=order, staging=tmp_path / "staging", schedule=Schedule(order.num_steps, 0.0, 1.0), callbacks=[], **place)
+    trainer = objective.trainer(bench)
+    trainer.model_wrapped = trainer.model
+    summed, num_tokens = trainer.held_out_loss()
+    student = model(tiny_llama)
+    add_supervised_loss(student)
+    add_distillation_loss(student, made.train.distill)
+    rows = [trainer.held_out[number] for number in range(trainer.num_held_out)]
+    expected = sum(student(**row, taught=supervised_logits(teacher, row)).item() for row in rows)
+    assert summed == pytest.approx(expected, rel=1e-4) and expected > 0
+    assert num_tokens == sum(int((row["labels"][:, 1:] != -100).sum()) for row in rows)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())

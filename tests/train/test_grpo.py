@@ -202,3 +202,15 @@ def test_an_engine_that_cannot_write_the_answers_says_why(bench) -> None:
     made = bench("train.grpo.rollouts=engine", "train.lora.dora=true")
     with pytest.raises(UnsupportedModel, match="DoRA"):
         objective_of("grpo").trainer(made)
+
+
+@pytest.mark.parametrize(("objective", "is_padded"), [("sft", True), ("grpo", False)])
+def test_padding_is_told_where_the_rows_are_all_that_is_computed(bench, objective, is_padded) -> None:
+    order, said = bench().order, []
+    config = load_config(FinetuneConfig, None, ["base=tiny", f"data.path={order.settings.home / 'rows.jsonl'}", "train.batch_size=8"])
+    material = order.material
+    if objective == "sft":
+        learner = objective_of("sft")
+        material = learner.prepare(learner.read(config), order.base, config, order.settings)
+    resolve_order(config.train, order.base, material, order.run_directory, order.settings, said.append)
+    assert any("padding" in line for line in said) is is_padded

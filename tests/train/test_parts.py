@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -20,6 +21,9 @@ class Numbers:
 
     num_rows: int
     told: str = "numbers"
+    path: Path = Path("numbers")
+    is_mixed: bool = False
+    is_complete: bool = True
 
     def lengths(self) -> list[int]:
         return list(range(self.num_rows))
@@ -72,6 +76,15 @@ def test_the_best_checkpoints_are_kept_before_newer_ones() -> None:
 def test_settings_that_cannot_work_are_refused(override, message) -> None:
     with pytest.raises(InvalidValue, match=message):
         load_config(FinetuneConfig, None, ["data.path=x.csv", f"train.{override}"])
+
+
+@pytest.mark.parametrize(
+    ("objective", "own"), [("dpo", "train.dpo.eval_share"), ("reward", "train.reward.eval_share"), ("grpo", "train.grpo.num_held_out")]
+)
+@pytest.mark.parametrize("wanted", ["eval_share=0.1", "early_stopping_patience=2"])
+def test_an_objective_that_measures_otherwise_says_by_what(objective, own, wanted) -> None:
+    with pytest.raises(InvalidValue, match=own):
+        load_config(FinetuneConfig, None, ["data.path=x.csv", f"train.objective={objective}", f"train.{wanted}"])
 
 
 def test_a_range_of_workers_and_a_number_are_both_understood() -> None:

@@ -11,14 +11,17 @@ from r1ray.data.read import Loaded, read_conversations
 from r1ray.settings import Settings
 from r1ray.train.batches import BatchPlan
 from r1ray.train.objective.base import Bench, Objective
-from r1ray.train.order import plan_for
+from r1ray.train.order import Material, plan_for
 from r1ray.train.tokens import TokenSet, tokenise
 from r1ray.types import Artifact
 
 if TYPE_CHECKING:
     from r1ray.train.config import FinetuneConfig
     from r1ray.train.corpus import Corpus
+    from r1ray.train.feed import Feed
     from r1ray.train.objective.sft_trainer import SupervisedTrainer
+    from r1ray.train.parallel.pipeline import PipelineTrainer
+    from r1ray.train.parallel.sequence import SlicedFeed
     from r1ray.train.trainer import Paced
 
 __all__ = ["Supervised"]
@@ -72,21 +75,26 @@ class Supervised(Objective):
             pad_id=tokenizer.pad_token_id or 0,
             packing=order.config.packing,
         )
+        trainer: SupervisedTrainer | PipelineTrainer
         if bench.layout.pipeline > 1:
             from r1ray.train.parallel.pipeline import PipelineTrainer
 
-            return PipelineTrainer(bench, feed)
-        trainer = self.trainer_class(bench)(
-            bench.model(), arguments, feed=bench.sliced(feed), schedule=bench.schedule, tokenizer=tokenizer, callbacks=bench.callbacks
-        )
+            trainer = PipelineTrainer(bench, feed)
+        else:
+            trainer = self.trainer_class(bench)(
+                bench.model(), arguments, feed=bench.sliced(feed), schedule=bench.schedule, tokenizer=tokenizer, callbacks=bench.callbacks
+            )
         if order.held_out is not None:
-            ids, masks = order.held_out.rows()
-            rows = order.config.micro_batch_size * bench.num_workers
-            sorted_rows = BatchPlan([len(row) for row in ids], batch_size=rows, num_epochs=1, seed=0, group_window=len(ids))
-            num_batches = sorted_rows.num_steps
-            held_out = replace(feed, input_ids=ids, masks=masks, plan=sorted_rows, num_steps=num_batches, accumulation=1)
-            trainer.held_out, trainer.num_held_out = bench.sliced(held_out), num_batches
+            trainer.held_out, trainer.num_held_out = _held_out(bench, feed, order.held_out)
         return trainer
+
+
+def _held_out(bench: Bench, feed: Feed, material: Material) -> tuple[Feed | SlicedFeed, int]:
+    """(this worker's part of the rows that are only measured, in how many batches); as full as a pass may be, similar lengths together."""
+    ids, masks = material.rows()
+    rows = bench.order.config.micro_batch_size * bench.num_workers
+    plan = BatchPlan(material.lengths(), batch_size=rows, num_epochs=1, seed=0, group_window=len(ids))
+    return bench.sliced(replace(feed, input_ids=ids, masks=masks, plan=plan, num_steps=plan.num_steps, accumulation=1)), plan.num_steps
 
 
 def _mixed_hash(data_hash: str, stored: str) -> str:

@@ -28,6 +28,7 @@ from r1ray.train.zero import deepspeed_config
 if TYPE_CHECKING:
     from r1ray.train.objective.base import Bench
     from r1ray.train.parallel.layout import Layout
+    from r1ray.train.parallel.sequence import SlicedFeed
 
 __all__ = ["PipelineTrainer"]
 
@@ -53,6 +54,8 @@ class PipelineTrainer:
         self.feed: Batches = feed
         self.schedule, self.tally = bench.schedule, Tally()
         self.state, self.learning_rate = TrainerState(), 0.0
+        self.held_out: Feed | SlicedFeed | None = None
+        self.num_held_out = 0
         self.num_trained_tensors = 0
         """In what this rank saved last."""
         self._bench, self._rows, self._num_trained = bench, feed, 1
@@ -94,7 +97,11 @@ class PipelineTrainer:
         return {}
 
     def held_out_loss(self) -> tuple[float, int]:
-        raise NotImplementedError("eval_share is refused where layers are split into stages")
+        """The last stage has the labels and so the loss."""
+        assert self.held_out is not None, "nothing was held out"
+        passes = _pairs(self.held_out, range(self.num_held_out))
+        self.model_wrapped.eval_batch(passes, reduce_output=None, bcast_loss=False, num_micro_batches=self.num_held_out)
+        return self.tally.take(), sum(self.held_out.num_trained(step) for step in range(self.num_held_out))
 
     def _tell(self, event: str, control: TrainerControl) -> None:
         for callback in self._bench.callbacks:
@@ -106,13 +113,8 @@ class PipelineTrainer:
         for group in self.model_wrapped.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self._num_trained = self.feed.num_trained(step)
-        self.model_wrapped.train_batch(self._passes(step))
-
-    def _passes(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(inputs, labels): the first stage takes the one, the last the other."""
-        for number in range(self._bench.accumulation):
-            batch = self._rows[step * self._bench.accumulation + number]
-            yield batch["input_ids"], batch["labels"]
+        accumulation = self._bench.accumulation
+        self.model_wrapped.train_batch(_pairs(self._rows, range(step * accumulation, (step + 1) * accumulation)))
 
     def _loss(self, hidden_BTD: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
         """DeepSpeed averages over passes and over the workers that compute different rows."""
@@ -186,6 +188,13 @@ class PipelineTrainer:
         saved = directory / _RANDOM.format(rank=self._bench.global_rank)
         if saved.is_file():
             _set_random_state(torch.load(saved, weights_only=True))
+
+
+def _pairs(feed: Feed | SlicedFeed, passes: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(inputs, labels): the first stage takes the one, the last the other."""
+    for number in passes:
+        batch = feed[number]
+        yield batch["input_ids"], batch["labels"]
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from r1ray.settings import Settings
 from r1ray.train import shards
 from r1ray.train.config import FinetuneConfig
 from r1ray.train.order import WorkOrder
+from r1ray.train.parts import parted
 from r1ray.train.tokens import TokenSet, described
 from r1ray.types import Artifact
 
@@ -95,10 +96,12 @@ def _order(base: Artifact, tokens: TokenSet, place: Path, num_steps: int, world:
     keys = [f"train.{key}={value}" for key, value in settings.items()]
     config = load_config(FinetuneConfig, None, ["data.path=none", *keys, *overrides]).train
     attention = "sdpa" if config.parallelism.sequence > 1 else "eager"
+    material, held_out = parted(tokens, config.eval_share, config.seed) if config.eval_share else (tokens, None)
     return WorkOrder(
         config=config,
         base=base,
-        material=tokens,
+        material=material,
+        held_out=held_out,
         run=place.name,
         run_directory=place,
         num_steps=num_steps,

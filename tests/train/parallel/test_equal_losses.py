@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from r1ray.train import checkpoint
 from r1ray.train.consolidate import with_weights
 from r1ray.train.progress import FILE, curve
+from r1ray.train.standing import MARK
 
 MODELS = ("qwen2", "deepseek_v3")
 
@@ -59,6 +60,23 @@ def test_pipeline_parallel_learns_as_one_worker_does(train, alone, model, stage)
 def test_llama_learns_in_parts_too(train, alone, split) -> None:
     found = losses(train("llama", f"train.parallelism.{split}=2", "train.zero_stage=1"))
     assert found == pytest.approx(alone("llama"), rel=1e-4)
+
+
+MEASURED = ("train.eval_share=0.3", "train.eval_every_steps=1")
+
+
+@pytest.mark.parametrize(
+    ("split", "model"), [("tensor", "qwen2"), ("pipeline", "qwen2"), ("pipeline", "deepseek_v3"), ("sequence", "qwen2")]
+)
+def test_held_out_losses_are_those_of_one_worker_and_training_goes_on_unchanged(train, split, model) -> None:
+    runs = [
+        curve(train(model, f"train.zero_stage={stage}", *more, *MEASURED, world=world, num_steps=3))
+        for world, stage, more in ((1, 0, ()), (2, 1, (f"train.parallelism.{split}=2",)))
+    ]
+    alone, parts = ([step.marks[MARK] for step in steps] for steps in runs)
+    assert parts == pytest.approx(alone, rel=1e-4)
+    assert alone[-1] < alone[0]
+    assert [step.loss for step in runs[1]] == pytest.approx([step.loss for step in runs[0]], rel=1e-4)
 
 
 LORA = ("train.method=lora", "train.lora.targets=null", "train.learning_rate=2e-2")
