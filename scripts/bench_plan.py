@@ -3,9 +3,12 @@
     python scripts/bench_plan.py [--rows lora-2x256,...] [--json FILE]
 
 Each row runs `jobs/finetune.py`'s own function for two steps on the bundled model, with one Ray Train worker in a process of its own,
-and reads the worker's peak resident memory from the kernel. The prediction knows the model's config, the way of training and the
-lengths of the dialogues; its constants for this machine are `cpu.overhead_gib` and `cpu.activation_slack` in
-r1ray/model/plan/gpus.yaml, fitted once to the rows marked fitted and checked by the others.
+and reads the worker's peak resident memory from the kernel. Rows whose names end in tensor2, pipeline2 and sequence2 split a model of the
+same size between two workers, the larger of which counts: its weights are random, since the bundled model's nine heads cannot be halved.
+
+The prediction knows the model's config, the way of training and the lengths of the dialogues; its constants for this machine are
+`cpu.overhead_gib` and `cpu.activation_slack` in r1ray/model/plan/gpus.yaml, fitted once to the rows marked fitted; the others check
+them.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import psutil
 from rich.console import Console
@@ -31,7 +35,7 @@ from r1ray.model.plan.hardware import GIB, load_hardware
 from r1ray.model.plan.training import TrainingPlan, TrainingWish, plan_training
 from r1ray.registry import Registry
 from r1ray.settings import Settings
-from r1ray.train.config import FinetuneConfig, TrainConfig
+from r1ray.train.config import FinetuneConfig, Parallelism, TrainConfig
 from r1ray.types import Artifact
 
 console = Console(highlight=False)
@@ -47,15 +51,36 @@ class Case:
     size: int
     num_words: int
     checkpointing: bool = False
+    split: Literal["", "tensor", "pipeline", "sequence"] = ""
+    """What two workers share; else one worker has all of it."""
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.size}x{self.num_words}{'-checkpointing' if self.checkpointing else ''}"
+        parts = [self.method, f"{self.size}x{self.num_words}", "checkpointing" * self.checkpointing, f"{self.split}2" * bool(self.split)]
+        return "-".join(filter(None, parts))
+
+    @property
+    def num_workers(self) -> int:
+        return 2 if self.split else 1
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        return {self.split: 2} if self.split else {}
+
+    @property
+    def num_passes(self) -> int:
+        """As many as a pipeline has stages."""
+        return 2 if self.split == "pipeline" else 1
+
+    @property
+    def attention(self) -> Literal["eager", "sdpa"]:
+        return "sdpa" if self.split == "sequence" else "eager"
 
 
 FITTED = (Case("lora", 2, 256), Case("lora", 4, 512), Case("full", 2, 256), Case("full", 4, 512))
 HELD_OUT = (Case("full", 4, 512, checkpointing=True), Case("lora", 8, 128))
-CASES = (*FITTED, *HELD_OUT)
+SPLIT = tuple(Case(method, 4, 256, split=split) for method in ("full", "lora") for split in ("tensor", "pipeline", "sequence"))
+CASES = (*FITTED, *HELD_OUT, *SPLIT)
 
 
 @dataclass(frozen=True)
@@ -77,7 +102,7 @@ def dialogues(case: Case, path: Path) -> Path:
     """A short question and an answer of `num_words` words, the same number in every dialogue."""
     rng = random.Random(0)
     with path.open("w", encoding="utf-8") as out:
-        for _ in range(2 * case.size):
+        for _ in range(2 * case.size * case.num_passes):
             answer = " ".join(rng.choice(WORDS) for _ in range(case.num_words - 40))
             turns = [{"role": "user", "content": "Tell me " + rng.choice(WORDS)}, {"role": "assistant", "content": answer}]
             out.write(json.dumps({"messages": turns}) + "\n")
@@ -110,12 +135,17 @@ def measure(case: Case, artifact: Artifact) -> Row:
     with tempfile.TemporaryDirectory(prefix="r1ray-plan-") as folder:
         settings = Settings(home=Path(folder))
         os.environ["R1RAY_HOME"] = folder
-        base = import_model(str(artifact.path), name="base", registry=Registry(settings))
+        source = halvable(artifact, Path(folder) / "halvable") if case.split else artifact.path
+        base = import_model(str(source), name="base", registry=Registry(settings))
         data = DataConfig(path=dialogues(case, Path(folder) / "dialogues.jsonl"))
         train = TrainConfig(
             method=case.method,  # type: ignore[arg-type]
+            num_workers=case.num_workers,
+            threads_per_worker=1 if case.split else None,
+            parallelism=Parallelism(**case.degrees),
+            zero_stage=1 if case.split else 2,
             max_steps=2,
-            batch_size=case.size,
+            batch_size=case.size * case.num_passes,
             micro_batch_size=case.size,
             max_length=4096,
             gradient_checkpointing=case.checkpointing,
@@ -131,21 +161,38 @@ def measure(case: Case, artifact: Artifact) -> Row:
         finetune(FinetuneConfig(name="measured", base=base.ref, data=data, train=train), settings)
         stop.set()
         watcher.join()
-    plan = predicted(case, artifact, length, supervised)
+        plan = predicted(case, base, length, supervised)
     return Row(case.name, length, supervised, plan.memory.peak, max(found))
+
+
+def halvable(source: Artifact, directory: Path) -> Path:
+    """A Llama of the bundled model's size with random weights and eight heads."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from r1ray.model.load import load_tokenizer
+
+    config = AutoConfig.from_pretrained(source.path)
+    config.update({"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64})
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
+    load_tokenizer(source).save_pretrained(directory)
+    return directory
 
 
 def predicted(case: Case, artifact: Artifact, length: int, supervised: float) -> TrainingPlan:
     hardware = load_hardware()
     wish = TrainingWish(
         method=case.method,  # type: ignore[arg-type]
-        attention="eager",
+        attention=case.attention,
         checkpointing=case.checkpointing,
+        zero_stage=1 if case.split else 2,
+        accumulation=case.num_passes,
         micro_batch_size=case.size,
         length=length,
         supervised_share=supervised,
+        **case.degrees,
     )
-    return plan_training(find(str(artifact.path)).shape, wish, hardware.pool("cpu"), hardware.assumptions)
+    return plan_training(find(str(artifact.path)).shape, wish, hardware.pool(f"{case.num_workers}xcpu"), hardware.assumptions)
 
 
 def show(rows: list[Row]) -> None:

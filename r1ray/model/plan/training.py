@@ -21,7 +21,7 @@ from r1ray.model.plan.shape import ModelShape
 
 __all__ = ["Memory", "Speed", "TrainingPlan", "TrainingWish", "cheapest_first", "fewest", "plan_training", "relaxed"]
 
-BUCKET = 5e8  # DeepSpeed's reduce_bucket_size, in numbers
+BUCKETS = {"full": 5e8, "lora": 5e7}  # reduce_bucket_size, in numbers: DeepSpeed's own, and what r1ray/train/zero.py sets for adapters
 LIVE = 1e9  # ZeRO-3 gathers at most this many weights at a time (stage3_max_live_parameters)
 MASTER_BYTES = 12  # float32 master weight and AdamW's two moments
 MOST_NODES = 512
@@ -202,7 +202,8 @@ def _memory(whole: ModelShape, wish: TrainingWish, pool: Pool) -> Memory:
     # ZeRO-0 in float32 needs no master copy; the stages above keep one whatever the dtype.
     optimizer = trainable * (MASTER_BYTES if stage else 8) * share
     step = trainable * 4 * share if stage else 0.0
-    buckets = min(trainable, BUCKET) * size if stage else 0.0
+    bucket = BUCKETS[wish.method]  # all of it is taken from a GPU; of the system's memory only what gradients are written to
+    buckets = (bucket if pool.gpu.is_gpu else min(trainable, bucket)) * size if stage else 0.0
     if stage == 3 and num > 1:
         buckets += min(total, LIVE) * size
     host = 0.0
@@ -214,8 +215,8 @@ def _memory(whole: ModelShape, wish: TrainingWish, pool: Pool) -> Memory:
     activations = activations_of(
         shape, wish.batch, adapter=adapter, attention=wish.attention, checkpointing=wish.checkpointing, bytes_per_value=size
     )
-    waiting = min(wish.pipeline, wish.accumulation)  # passes that the first stage has begun and not ended (1F1B, arXiv 2104.04473)
-    activations = replace(activations, kept=activations.kept * waiting)
+    if wish.pipeline > 1:
+        activations = _busiest(activations, waiting=min(wish.pipeline, wish.accumulation))
     return Memory(
         weights=weights,
         gradients=gradients,
@@ -228,6 +229,12 @@ def _memory(whole: ModelShape, wish: TrainingWish, pool: Pool) -> Memory:
         reuses_freed=pool.gpu.reuses_freed,
         slack=activations.kept * pool.gpu.activation_slack,
     )
+
+
+def _busiest(one: Activations, *, waiting: int) -> Activations:
+    """The first stage keeps the passes that it has begun and not ended (1F1B, arXiv 2104.04473), the last one has the logits."""
+    first, last = replace(one, kept=one.kept * waiting, logits=0.0), one
+    return max(first, last, key=lambda stage: stage.peak)
 
 
 def _speed(shape: ModelShape, wish: TrainingWish, pool: Pool, trainable: int, assumptions: Assumptions) -> Speed:
