@@ -53,7 +53,7 @@ def folder(tmp_path) -> Path:
     rng, place = random.Random(0), tmp_path / "corpus"
     place.mkdir()
     turns = [[{"role": role, "content": said(rng)} for role in ("user", "assistant") * rng.randint(1, 3)] for _ in range(120)]
-    turns[7][1]["content"] = "money " * 300
+    turns[7][1]["content"] = "money " * 900
     lines = [json.dumps({"id": f"m{n - n // 60}", "messages": row}, ensure_ascii=False) for n, row in enumerate(turns)]
     lines[3], lines[9] = '{"messages": ', ""
     (place / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")

@@ -17,6 +17,7 @@ from r1ray.types import Artifact
 
 if TYPE_CHECKING:
     from r1ray.train.config import FinetuneConfig
+    from r1ray.train.corpus import Corpus
     from r1ray.train.objective.sft_trainer import SupervisedTrainer
     from r1ray.train.trainer import Paced
 
@@ -32,9 +33,10 @@ class Distilled(Supervised):
         taught = f"{loaded.data_hash}/{_teacher(config, Settings()).manifest.weights_sha256}"
         return replace(loaded, data_hash=hashlib.sha256(taught.encode()).hexdigest())
 
-    def prepare(self, rows: Loaded, base: Artifact, config: FinetuneConfig, settings: Settings) -> TokenSet:
+    def prepare(self, rows: Loaded | Corpus, base: Artifact, config: FinetuneConfig, settings: Settings) -> TokenSet:
         from r1ray.train.taught import taught_by
 
+        assert isinstance(rows, Loaded), "the config refuses to stream for this objective"
         teacher = _teacher(config, settings)
         if config.train.distill.mode == "texts":
             rows = taught_by(teacher, rows, config, settings)
