@@ -232,3 +232,18 @@ def test_a_split_that_training_refuses_is_not_planned(hardware):
     with pytest.raises(InvalidValue, match="multiple of 2"):
         plan_training(shape_of(LONG | CONFIGS["llama"]), TrainingWish(tensor=2), hardware.pool("1xh100"), hardware.assumptions)
     assert all(plan.pool.num % 4 == 0 for plan in cheapest_first(find("r1-distill-qwen-7b").shape, TrainingWish(tensor=4), hardware, 1e6))
+
+
+def test_a_gpu_gives_the_whole_bucket_and_main_memory_only_what_is_written_to(hardware):
+    for method, numbers in (("lora", 5e7), ("full", 5e8)):
+        assert plan(hardware, "1xh100", "r1-distill-qwen-1.5b", method=method).memory.buckets == 2 * numbers
+    here = plan(hardware, "1xcpu", "r1-distill-qwen-1.5b", method="lora")
+    assert here.memory.buckets == 2 * here.trainable < 1e8
+
+
+@pytest.mark.parametrize(("vocab", "is_last"), [(101, False), (100_000, True)])
+def test_the_busiest_stage_keeps_waiting_passes_or_has_the_logits(hardware, vocab, is_last):
+    shape = shape_of(LONG | CONFIGS["llama"] | {"vocab_size": vocab})
+    wish = TrainingWish(method="full", zero_stage=1, pipeline=2, accumulation=2, length=128)
+    found = plan_training(shape, wish, hardware.pool("2xh100"), hardware.assumptions).memory.activations
+    assert (found.logits > 0) is is_last

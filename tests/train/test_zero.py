@@ -4,6 +4,7 @@ import pytest
 
 from r1ray.config import load_config
 from r1ray.errors import InvalidValue
+from r1ray.model.plan.training import BUCKETS
 from r1ray.train.config import FinetuneConfig, TrainConfig
 from r1ray.train.zero import deepspeed_config
 
@@ -26,3 +27,9 @@ def test_stage_0_with_bfloat16_is_refused() -> None:
 def test_more_workers_than_dialogues_in_a_batch_are_refused() -> None:
     with pytest.raises(InvalidValue, match="batch_size 2"):
         load_config(FinetuneConfig, None, ["data.path=x.csv", "train.num_workers=4", "train.batch_size=2"])
+
+
+def test_an_adapters_gradients_get_a_bucket_of_the_size_that_is_planned() -> None:
+    built = {method: deepspeed_config(TrainConfig(method=method), accumulation=1, bf16=True)["zero_optimization"] for method in BUCKETS}
+    assert built["lora"]["reduce_bucket_size"] == BUCKETS["lora"]
+    assert "reduce_bucket_size" not in built["full"], "DeepSpeed's own"
