@@ -21,6 +21,7 @@ from r1ray.serve.config import AppArgs
 
 pytestmark = pytest.mark.ray
 
+ROOT = Path(__file__).resolve().parents[2]
 LONG = "word " * 60  # the fake engine echoes: some 250 tokens at 30 ms each
 
 
@@ -51,6 +52,7 @@ def deployed(ray_cluster, tiny_llama: Path, tiny_qwen2: Path, tmp_path_factory) 
 
     registry = Registry(ray_cluster.settings)
     registry.promote(import_model(str(tiny_llama), name="served-tiny", registry=registry).ref)
+    export()
     index(ray_cluster.settings, tmp_path_factory.mktemp("knowledge"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -69,14 +71,26 @@ def index(settings, folder: Path) -> None:
     build_index(IndexConfig(collection="served", sources=(str(folder),), embedding="none"), settings)
 
 
+def export() -> None:
+    """served-edge@1 by the command that a user gives."""
+    import runpy
+
+    job = runpy.run_path(str(ROOT / "jobs" / "export_onnx.py"))
+    parity = ["parity.num_tokens=600", "parity.num_prompts=2", "parity.num_new=8"]
+    arguments = ["model=served-tiny", "name=served-edge", "precision=float32", *parity]
+    assert job["entry"].run(job["ExportOnnxConfig"], job["__doc__"], job["export"], arguments) == 0
+
+
 def arguments() -> AppArgs:
     shared = {"ref": "served-tiny@production", "follow_interval_s": 0.5, "placement": {"num_cpus": 0.2}}
     slow = {"type": "fake", "num_slots": 2, "max_waiting": 0, "fake": {"token_delay_s": 0.03}}
+    exact = {"num_slots": 4, "num_threads": 1}
     return AppArgs.model_validate(
         {
             "models": [
-                {"id": "tiny", "engine": {"type": "torch", "num_slots": 4, "num_threads": 1}, "collection": "served", **shared},
+                {"id": "tiny", "engine": {"type": "torch", "dtype": "float32", **exact}, "collection": "served", **shared},
                 {"id": "slow", "engine": slow, "collection": "", **shared},
+                {"id": "edge", "engine": {"type": "onnx", **exact}, "collection": "", **shared, "ref": "served-edge@1"},
             ],
             "retrieval": {"style": "compact"},
         }
@@ -103,9 +117,20 @@ def test_a_strict_client_gets_answers_streams_and_models(deployed: Deployed) -> 
     assert streamed == client.chat.completions.create(**greedy).choices[0].message.content
     assert chunks[-1].usage.completion_tokens == 20
     assert client.completions.create(model="tiny", prompt="abc", max_tokens=3).object == "text_completion"
-    assert [model.id for model in client.models.list().data] == ["tiny", "slow"]
+    assert [model.id for model in client.models.list().data] == ["tiny", "slow", "edge"]
     health = httpx.get(f"{deployed.url}/health", timeout=30, headers={"X-Request-Id": "mine"})
     assert (health.status_code, health.headers.get_list("x-request-id")) == (200, ["mine"])
+
+
+def test_an_export_for_onnx_runtime_streams_what_the_torch_engine_answers(deployed: Deployed) -> None:
+    client = deployed.openai()
+    messages = [{"role": "user", "content": "I lost my credit card, please block it today."}]
+    options = {"messages": messages, "max_tokens": 24, "temperature": 0, "extra_body": {"retrieval": False, "ignore_eos": True}}
+    right = client.chat.completions.create(model="tiny", **options)
+    chunks = list(client.chat.completions.create(model="edge", stream=True, stream_options={"include_usage": True}, **options))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == right.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == 24
+    assert client.chat.completions.create(model="edge", **options).system_fingerprint == "served-edge@1"
 
 
 def test_answers_name_the_passages_they_were_given(deployed: Deployed) -> None:
