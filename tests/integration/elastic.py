@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from r1ray import cluster
 
 # Ray reads these as they are spelt: a dead node is noticed within seconds
@@ -87,6 +89,18 @@ def drain(nodes: Cluster, witness: Witness) -> None:
     nodes.remove_node(second, allow_graceful=False)
 
 
+def processes_of(home: Path) -> list[tuple[psutil.Process, str]]:
+    """Ray's processes that this one has started, by the home that they inherited, with what each says it is."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get("R1RAY_HOME") == str(home):
+                found.append((process, " ".join(process.cmdline())[:60]))
+        except psutil.Error:
+            continue  # gone, or somebody else's
+    return found
+
+
 def main(model: Path, scenario: Callable[[Cluster, Witness], None], more: dict[str, Any]) -> None:
     import ray
 
@@ -117,7 +131,13 @@ def main(model: Path, scenario: Callable[[Cluster, Witness], None], more: dict[s
         print("FOUND " + json.dumps(told), flush=True)
     finally:
         ray.shutdown()
+        # a raylet that ends while it ends an actor leaves that actor behind: let it finish first
+        psutil.wait_procs([process for process, what in processes_of(settings.home) if "Train" in what], timeout=10)
         nodes.shutdown()
+        time.sleep(1)
+        for process, what in processes_of(settings.home):
+            print(f"{what} ({process.pid}) outlived its node", file=sys.stderr)
+            process.kill()
 
 
 if __name__ == "__main__":
