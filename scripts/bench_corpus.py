@@ -3,7 +3,7 @@
     scripts/bench corpus [--rows 100000] [--json FILE]        # or: python scripts/bench_corpus.py
 
 `arrow` and `ray` are the two values of data.backend: from JSON lines to the finished token set, each in a driver of its own, with the
-bundled model's tokenizer. Memory is the driver's peak, imports included, and for `ray` also private pages of the largest Ray worker; its
+bundled model's tokenizer. Memory is what the driver's private pages grow by at most, and for `ray` also all of the largest Ray worker; its
 cluster has as many CPUs as the machine, four at least, and its start is not counted. Both must give the same set: the script fails when
 they do not. `lists` is a worker that holds all rows as Python lists, `mapped` one that reads them from mapped files, as ours do. Both walk
 through 200 batches of 16; memory is what that adds: private pages, and pages of mapped files, which workers of a node share.
@@ -60,7 +60,7 @@ def compare(arguments: argparse.Namespace, directory: Path) -> None:
     sets = {name: worker(name, directory) for name in ("arrow", "ray")}
     ranks = {name: worker(name, directory) for name in ("lists", "mapped")}
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table("reading and tokenising", ("rows/s", "seconds", "driver peak MB", "largest Ray worker MB"), sets))
+    console.print(table("reading and tokenising", ("rows/s", "seconds", "driver MB", "largest Ray worker MB"), sets))
     console.print(table(f"a worker's rows, {STEPS} batches of {BATCH}", ("seconds", "private MB", "mapped files MB"), ranks))
     if arguments.json:
         arguments.json.write_text(json.dumps({"rows": arguments.rows, "load": os.getloadavg()[0], **sets, **ranks}, indent=1))
@@ -108,7 +108,7 @@ def tokenised(backend: str, directory: Path) -> dict[str, Any]:
     return {
         "rows/s": material.num_rows / seconds,
         "seconds": seconds,
-        "driver peak MB": watch.own_mb,
+        "driver MB": watch.own_mb,
         "largest Ray worker MB": watch.worker_mb or None,
         "told": material.told,
         "data_hash": data_hash,
@@ -130,7 +130,7 @@ def made(backend: str, artifact: Any, path: Path, settings: Any) -> tuple[Any, s
 
 
 class Watch:
-    """The largest resident memory of this process and of the Ray workers that tokenise, looked at five times a second."""
+    """How far this process' private memory grew, and that of the largest Ray worker, looked at five times a second."""
 
     def __enter__(self) -> Watch:
         self.own_mb = self.worker_mb = 0.0
@@ -144,9 +144,9 @@ class Watch:
         self._thread.join()
 
     def _look(self) -> None:
-        me = psutil.Process()
+        me, began_mb = psutil.Process(), resident()[0]
         while not self._ended.wait(0.2):
-            self.own_mb = max(self.own_mb, me.memory_info().rss / MIB)
+            self.own_mb = max(self.own_mb, resident()[0] - began_mb)
             for child in me.children(recursive=True):
                 try:
                     if "ray::" in child.name() or "ray::" in " ".join(child.cmdline()[:1]):

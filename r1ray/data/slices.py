@@ -30,8 +30,8 @@ from r1ray.errors import UnknownFormat
 
 __all__ = ["SLICE_BYTES", "Slice", "Survey", "survey"]
 
-SLICE_BYTES = 32 * MIB
-_PIECE_BYTES = 4 * MIB
+SLICE_BYTES = 8 * MIB
+_PIECE_BYTES = MIB
 _log = logging.getLogger(__name__)
 
 
