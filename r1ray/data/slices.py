@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -103,12 +103,12 @@ def _surveyed(path: Path, config: DataConfig, opening: Opening[T], slice_bytes: 
     size = path.stat().st_size
     digest, ends = _read_through(path, slice_bytes if kind == "lines" else size + 1)
     cuts = _row_groups(path, slice_bytes) if kind == "parquet" else ends
-    whole = {"path": path, "kind": kind, "columns": tuple(columns)}
+    whole = Slice(path=path, kind=kind, columns=tuple(columns), num_bytes=size)
     if len(cuts) < 3:
-        return digest, [Slice(**whole, num_bytes=size)]
+        return digest, [whole]
     each = size // (len(cuts) - 1)
     return digest, [
-        Slice(**whole, num_bytes=b.at - a.at if kind == "lines" else each, first=a.row, start=a.at, end=b.at) for a, b in pairwise(cuts)
+        replace(whole, num_bytes=b.at - a.at if kind == "lines" else each, first=a.row, start=a.at, end=b.at) for a, b in pairwise(cuts)
     ]
 
 
