@@ -290,13 +290,22 @@ def alone(measure: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(measure, *arguments).result()
 
 
+def rivals(row: Row, rows: list[Row]) -> list[Row]:
+    """Whom ours is measured against: in bf16 the peers in bf16, on ONNX Runtime its own generator, else every peer."""
+    if not row.engine.startswith("r1ray"):
+        return []
+    peers = [peer for peer in rows if not peer.engine.startswith("r1ray") and peer.concurrency == row.concurrency]
+    if row.engine == "r1ray onnx":
+        return [peer for peer in peers if peer.engine.startswith("onnxruntime")]
+    return [peer for peer in peers if row.precision != "bf16" or peer.precision == "bf16"]
+
+
 def show(rows: list[Row]) -> None:
-    """Ratios: ours in bf16 against the best bf16 peer, ours in int8 against the best peer of any precision."""
+    """Ratios are to the fastest of the rivals."""
     table = Table("engine", "precision", "concurrency", "tokens/s", "TTFT ms", "peak MiB", "to the best peer")
     for row in sorted(rows, key=lambda row: (row.concurrency, row.engine)):
-        others = [r for r in rows if not r.engine.startswith("r1ray") and r.concurrency == row.concurrency]
-        rivals = [r.tokens_per_s for r in others if row.precision != "bf16" or r.precision == row.precision]
-        ratio = f"{row.tokens_per_s / max(rivals):.2f}x" if row.engine == "r1ray" and rivals else ""
+        rates = [rival.tokens_per_s for rival in rivals(row, rows)]
+        ratio = f"{row.tokens_per_s / max(rates):.2f}x" if rates else ""
         cells = (f"{row.tokens_per_s:.0f}", f"{row.ttft_ms:.0f}", f"{row.peak_mb:.0f}", ratio)
         table.add_row(row.engine, row.precision, str(row.concurrency), *cells)
     console.print(table)
@@ -318,6 +327,12 @@ def profile(artifact: Artifact) -> dict[str, dict[str, float]]:
     return found
 
 
+def save(file: Path | None, rows: list[Row], **more: object) -> None:
+    """Nothing without a file."""
+    if file is not None:
+        file.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows], **more}, indent=1), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ours-only", action="store_true", help="leave the peers out")
@@ -334,9 +349,11 @@ def main() -> None:
         profile(artifact)
         return
     if arguments.onnx_only:
-        show(onnx_rows(artifact, arguments.repeats))
+        rows = onnx_rows(artifact, arguments.repeats)
+        show(rows)
+        save(arguments.json, rows)
         return
-    rows: list[Row] = []
+    rows = []
     for concurrency in CONCURRENCIES:
         kinds = [*((ours, precision) for precision in OURS), *([] if arguments.ours_only else [(transformers_generate, "bfloat16")])]
         for measure, precision in kinds:
@@ -354,10 +371,7 @@ def main() -> None:
             f"{precision}: start-up {times['start_s']:.1f} s; first token after 1024 shared tokens: {times['miss_ms']:.0f} ms new, "
             f"{times['hit_ms']:.0f} ms cached ({ratio:.2f}x)"
         )
-    profiles = profile(artifact)
-    if arguments.json:
-        report = {"machine": machine(), "rows": [asdict(row) for row in rows], "prefix": prefix, "profiles": profiles}
-        arguments.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    save(arguments.json, rows, prefix=prefix, profiles=profile(artifact))
 
 
 if __name__ == "__main__":
