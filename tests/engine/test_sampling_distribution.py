@@ -29,7 +29,7 @@ from r1ray.engine.scheduler import Stream
 from r1ray.types import Sampling
 from tests.engine import conftest as kit
 
-NUM_DRAWS = 6000
+NUM_DRAWS = 3000
 LEAST_P_VALUE = 1e-3
 LEAST_EXPECTED = 5  # draws of a token below which the chi-square approximation is poor: such tokens are pooled
 PROMPT, GENERATED = (3, 8, 11), (5, 8)

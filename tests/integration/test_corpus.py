@@ -162,7 +162,14 @@ class Jobs:
         root = Path(__file__).resolve().parents[2]
         command = shlex.join([sys.executable, str(root / "jobs" / f"{job}.py"), *overrides])
         environment = {"R1RAY_HOME": str(self.home), "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(root)}
-        return str(self.client.submit_job(entrypoint=command, runtime_env={"env_vars": environment}))
+        end = time.monotonic() + 120
+        while True:
+            try:
+                return str(self.client.submit_job(entrypoint=command, runtime_env={"env_vars": environment}))
+            except RuntimeError as error:  # a node's agent comes up after the cluster answers
+                if "No available agent" not in str(error) or time.monotonic() > end:
+                    raise
+                time.sleep(1)
 
     def finish(self, name: str) -> str:
         """Its output; it must have succeeded."""
