@@ -142,6 +142,6 @@ def main(model: Path, scenario: Callable[[Cluster, Witness], None], more: dict[s
 
 if __name__ == "__main__":
     if sys.argv[2] == "drain":
-        main(Path(sys.argv[1]), drain, {"max_steps": 80, "max_failures": 0, "checkpoint_every_steps": 20})
+        main(Path(sys.argv[1]), drain, {"max_steps": 180, "max_failures": 0, "checkpoint_every_steps": 20})
     else:
         main(Path(sys.argv[1]), grow_and_shrink, {"max_steps": 120})

@@ -47,4 +47,4 @@ def test_a_node_that_announces_its_end_is_saved_for_and_counts_as_no_failure(tin
     found = trained(tiny_llama, tmp_path / "home", "drain")
     assert {world for _, world in found["saved"]} == {1, 2}
     assert [step for step, _ in found["saved"] if step % 20], "saved when it was announced"
-    check_curve(found["steps"], 80)
+    check_curve(found["steps"], 180)
