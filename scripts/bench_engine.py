@@ -106,7 +106,7 @@ def ours(artifact: Artifact, precision: str, concurrency: int, repeats: int) -> 
 def ours_on_onnx(exported: Path, precision: str, concurrency: int, repeats: int) -> Row:
     """The in-house engine over the same export that onnxruntime-genai gets."""
     from r1ray.engine.batching import BatchingEngine
-    from r1ray.engine.create import choose_threads
+    from r1ray.engine.hardware import choose_threads
     from r1ray.engine.onnx import OnnxBackend, OnnxOptions
 
     num_threads = choose_threads(None)

@@ -2,8 +2,9 @@
 
     scripts/bench pipeline [--json FILE]
 
-The workload of `scripts/bench engine` with 32 streams, bfloat16: one process with two compute threads, then two stages with one each. Also
-the time of one hop: a pass of one token through both stages less one process's own with one thread, over the two transfers.
+The workload of `scripts/bench engine` with 32 streams, bfloat16: one process with two compute threads, then two stages that take turns on
+both cores (the default on one machine), then two that work at the same time with a core each. Also the time of one hop: a pass of one
+token through both stages less one process's own with as many threads, over the two transfers.
 """
 
 from __future__ import annotations
@@ -79,25 +80,26 @@ def main() -> None:
         return create_engine(artifact, EngineConfig(stages=stages, num_threads=num_threads, **common), registry)  # type: ignore[arg-type]
 
     found: dict[str, float] = {}
-    for name, num_threads in (("one process, 2 threads", 2), ("one process, 1 thread", 1)):
+    for num_threads in (2, 1):
         alone = engine(1, num_threads)
-        found[f"{name}: ms per token alone"] = pass_ms(alone._backend)
-        if num_threads == 2:
-            found[f"{name}: tokens/s"] = rate(alone)
+        found[f"one process, {num_threads} threads: ms per token alone"] = pass_ms(alone.backend)
+        found[f"one process, {num_threads} threads: tokens/s"] = rate(alone)
         asyncio.run(alone.stop())
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         nodes.add_node(num_cpus=1)
         ray.init(address=nodes.address, log_to_driver=False)
-        pipeline = engine(2, 1)
-        found["two stages: ms per token alone"] = pass_ms(pipeline._backend)
-        found["two stages: tokens/s"] = rate(pipeline)
-        asyncio.run(pipeline.stop())
+        for name, num_threads in (("in turns, 2 threads each", 2), ("at once, 1 thread each", 1)):
+            pipeline = engine(2, num_threads)
+            found[f"two stages {name}: passes under way"] = pipeline.backend.depth
+            alone_ms = found[f"one process, {num_threads} threads: ms per token alone"]
+            found[f"two stages {name}: hop ms"] = (pass_ms(pipeline.backend) - alone_ms) / 2
+            found[f"two stages {name}: tokens/s"] = rate(pipeline)
+            asyncio.run(pipeline.stop())
+            found[f"two stages {name}: of one process"] = found[f"two stages {name}: tokens/s"] / found["one process, 2 threads: tokens/s"]
     finally:
         ray.shutdown()
         nodes.shutdown()
-    found["hop ms"] = (found["two stages: ms per token alone"] - found["one process, 1 thread: ms per token alone"]) / 2
-    found["ratio"] = found["two stages: tokens/s"] / found["one process, 2 threads: tokens/s"]
     for name, value in found.items():
         console.print(f"{name}: {value:.2f}")
     if arguments.json:

@@ -20,7 +20,7 @@ from r1ray.compress.config import ExportOnnxConfig
 from r1ray.compress.graph import WEIGHTS, build_graph
 from r1ray.compress.parity import LONGEST, Parity, check_parity, compare
 from r1ray.engine.backend import BLOCK_SIZE
-from r1ray.engine.create import choose_threads
+from r1ray.engine.hardware import choose_threads
 from r1ray.engine.onnx import OnnxBackend, OnnxOptions
 from r1ray.errors import InvalidValue, UnsupportedModel
 from r1ray.model import template

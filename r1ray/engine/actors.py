@@ -7,7 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from r1ray.engine.pipeline import Worker
+from r1ray.engine.hardware import physical_cores
+from r1ray.engine.pipeline import Host, Worker
 from r1ray.engine.stage import Place, StageOrder
 from r1ray.errors import EngineStopped
 
@@ -25,11 +26,9 @@ class StageActor:
         self._worker = Worker(order)
         self._rank = order.place.rank
 
-    def node(self) -> str:
+    def host(self) -> Host:
         """Answers when the layers are loaded."""
-        import ray
-
-        return str(ray.get_runtime_context().get_node_id())
+        return _host()
 
     def compute(self, address: str, port: int, hidden: int) -> None:
         """Never returns, so that the call ends when this process does, whatever ended it."""
@@ -61,22 +60,17 @@ class StageActors:
             options = dict(self._resources) | _placement(group, order.place)
             self.actors.append(ray.remote(StageActor).options(**options).remote(order))
 
-    def wait(self) -> list[str]:
+    def wait(self) -> list[Host]:
         import ray
         from ray.exceptions import RayError
 
         try:
-            nodes: list[str] = ray.get([actor.node.remote() for actor in self.actors], timeout=LOAD_TIMEOUT_S)
+            return [_host(), *ray.get([actor.host.remote() for actor in self.actors], timeout=LOAD_TIMEOUT_S)]
         except RayError as error:
             raise EngineStopped(f"A stage of the pipeline could not load its layers: {error}.") from error
-        return nodes
 
-    def compute(self, port: int, hidden: int) -> str:
-        import ray
-
-        address = str(ray.util.get_node_ip_address())
+    def compute(self, address: str, port: int, hidden: int) -> None:
         self._computing = [actor.compute.remote(address, port, hidden) for actor in self.actors]
-        return address
 
     def wait_for_end(self) -> None:
         import ray
@@ -93,6 +87,13 @@ class StageActors:
 
         for actor in self.actors:
             ray.kill(actor)
+
+
+def _host() -> Host:
+    import ray
+
+    node = str(ray.get_runtime_context().get_node_id())
+    return Host(node=node, address=str(ray.util.get_node_ip_address()), num_cores=physical_cores())
 
 
 def _placement(group: Any, place: Place) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -11,6 +10,7 @@ import psutil
 
 from r1ray.engine.backend import BLOCK_SIZE
 from r1ray.engine.config import EngineConfig
+from r1ray.engine.hardware import choose_device, choose_threads
 from r1ray.engine.kinds import check_kind
 from r1ray.engine.protocol import Engine
 from r1ray.errors import UnsupportedModel
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from r1ray.model.checkpoint import Tensors
     from r1ray.registry import Registry
 
-__all__ = ["choose_device", "choose_threads", "create_engine", "num_kv_blocks"]
+__all__ = ["create_engine", "num_kv_blocks"]
 
 log = logging.getLogger(__name__)
 
@@ -299,25 +299,3 @@ def _eos_ids(artifact: Artifact, directory: Path, shape: PretrainedConfig) -> li
     ids = [configured] if isinstance(configured, int) else list(configured or [])
     of_tokenizer = end_token_id(artifact)
     return sorted({*ids, *([] if of_tokenizer is None else [of_tokenizer])})
-
-
-def choose_device(wanted: str) -> str:
-    """`auto` is a GPU when one is visible."""
-    import torch
-
-    if wanted != "auto":
-        return wanted
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def choose_threads(wanted: int | None, *, num_ranks: int = 1) -> int:
-    """`wanted`, else the physical cores that this process may use, over the tensor ranks that compute on them at the same time.
-
-    Ray sets OMP_NUM_THREADS to the CPUs that an actor reserves, and to 1 for a job's driver. A reservation is book-keeping: left
-    alone, torch would compute on one core of many.
-    """
-    if wanted is not None:
-        return wanted
-    num_threads = max(1, min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1) // num_ranks)
-    log.info("engine threads: %d (this process's physical cores; set engine.num_threads where processes share them)", num_threads)
-    return num_threads

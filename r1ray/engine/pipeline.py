@@ -2,8 +2,8 @@
 
 The driver (this process, rank 0) is in the last stage, where logits become tokens; workers are the other ranks, each with its own part of
 the layers and of the KV cache. As many passes are under way as there are stages, each of other streams, so that the stages work
-at the same time. A worker that dies fails the engine at once, busy or idle: the replica is rebuilt as one unit. Knows not what runs the
-workers (`actors`: Ray).
+at the same time; stages that want the same cores take turns instead. A worker that dies fails the engine at once, busy or idle: the replica
+is rebuilt as one unit. Knows not what runs the workers (`actors`: Ray).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -25,12 +25,21 @@ from r1ray.engine.stage import CLEAR, END, Layers, Link, Place, StageOrder, enco
 from r1ray.engine.tensor import RANK_GONE, Share
 from r1ray.errors import AdapterMismatch, EngineStopped
 
-__all__ = ["PipelineBackend", "Worker", "Workers"]
+__all__ = ["Host", "PipelineBackend", "Worker", "Workers", "passes_at_once"]
 
 log = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT_S = 300.0  # of a rank for one pass: a dead one is noticed at once, this is for one that hangs
 GONE = "A stage of the pipeline is gone."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """Where a rank is: Ray's node, and the machine's address and physical cores. Nodes of a local test cluster share a machine."""
+
+    node: str
+    address: str
+    num_cores: int
 
 
 class Worker:
@@ -60,11 +69,11 @@ class Workers(Protocol):
     def start(self, orders: Sequence[StageOrder]) -> None:
         """A Worker for each order, all at the same time."""
 
-    def wait(self) -> list[str]:
-        """Until all have loaded; the node of each. Raises EngineStopped when one cannot."""
+    def wait(self) -> list[Host]:
+        """Until all have loaded; this process' host, then theirs. Raises EngineStopped when one cannot."""
 
-    def compute(self, port: int, hidden: int) -> str:
-        """Let all connect and compute, and return at once: the address where they look for the driver."""
+    def compute(self, address: str, port: int, hidden: int) -> None:
+        """Let all connect to the driver there and compute, and return at once."""
 
     def wait_for_end(self) -> None:
         """Until one of them has ended, whatever ended it."""
@@ -76,7 +85,6 @@ class PipelineBackend:
     """`orders` are in the order of their ranks: the first is loaded here, the others by `workers`."""
 
     def __init__(self, orders: Sequence[StageOrder], *, hidden: int, workers: Workers) -> None:
-        self.depth = orders[0].place.num_stages
         self.lacks = frozenset({"adapters"})
         self.num_blocks = orders[0].num_blocks
         self._hidden = hidden
@@ -86,12 +94,15 @@ class PipelineBackend:
         workers.start(orders[1:])
         try:
             own = Worker(orders[0])
-            self.nodes = workers.wait()
-            port = _free_port()
-            self._link = own.connect(workers.compute(port, hidden), port)
+            self.hosts = workers.wait()
+            address, port = self.hosts[0].address, _free_port()
+            workers.compute(address, port, hidden)
+            self._link = own.connect(address, port)
         except Exception:
             workers.kill()
             raise
+        self.depth = passes_at_once(orders[0], self.hosts)
+        log.info("pipeline: %d stages, %d passes at once", self._place.num_stages, self.depth)
         self._layers = own.layers
         self.vocab_size = self._layers.vocab_size
         self.precision = self._layers.precision
@@ -152,6 +163,18 @@ class PipelineBackend:
             return self._link.receive(torch.empty(num_tokens, self._hidden), self._place.before)
         except RuntimeError as error:
             raise EngineStopped(_gone(self._place)) from error
+
+
+def passes_at_once(order: StageOrder, hosts: Sequence[Host]) -> int:
+    """As many as stages, so that all work at the same time; where the ranks of one machine want more threads than it has cores, as
+    many as machines: what takes turns on the same cores should read its weights once for all streams.
+    """
+    if order.device != "cpu":
+        return order.place.num_stages
+    cores = {host.address: host.num_cores for host in hosts}
+    wanted = Counter(host.address for host in hosts)
+    has_own_cores = all(num * order.num_threads <= cores[address] for address, num in wanted.items())
+    return order.place.num_stages if has_own_cores else min(order.place.num_stages, len(cores))
 
 
 def _gone(place: Place) -> str:

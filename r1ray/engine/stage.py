@@ -31,6 +31,7 @@ __all__ = ["Layers", "Link", "Place", "StageOrder", "decode_pass", "encode_pass"
 log = logging.getLogger(__name__)
 
 PASS, CLEAR, END = 1, 2, 0
+ROW = 1024  # integers in the first message of a row: a step of 32 short streams fits
 FOR_EVER = timedelta(days=365)  # an idle engine sends nothing; a dead one closes the connection
 
 
@@ -171,14 +172,22 @@ class Link:
         return tensor
 
     def send_row(self, numbers: Sequence[int], to: int) -> None:
-        """A row of integers of any length."""
-        self.send(torch.tensor([len(numbers)], dtype=torch.int32), to)
-        self.send(torch.tensor(numbers, dtype=torch.int32), to)
+        """A row of integers of any length: its length and beginning in one message, and what does not fit there in another."""
+        first = torch.zeros(ROW, dtype=torch.int32)
+        row = torch.tensor([len(numbers), *numbers], dtype=torch.int32)
+        first[: len(row)] = row[:ROW]
+        self.send(first, to)
+        if len(row) > ROW:
+            self.send(row[ROW:].clone(), to)
 
     def receive_row(self, source: int) -> list[int]:
         """Waits for it as long as the other end lives."""
-        length = int(self.receive(torch.empty(1, dtype=torch.int32), source, within=FOR_EVER))
-        return self.receive(torch.empty(length, dtype=torch.int32), source).tolist()
+        first = self.receive(torch.empty(ROW, dtype=torch.int32), source, within=FOR_EVER)
+        num = int(first[0])
+        row: list[int] = first[1 : num + 1].tolist()
+        if rest := num - len(row):
+            row += self.receive(torch.empty(rest, dtype=torch.int32), source).tolist()
+        return row
 
     def tensor_group(self, device: str) -> Any:
         """The ranks of this one's stage: over NCCL where each has a GPU of its own, else over gloo. All of them must ask for it."""

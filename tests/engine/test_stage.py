@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from r1ray.engine.backend import Piece
 from r1ray.engine.paged import TransformersBackend
 from r1ray.engine.partial import load_layers
-from r1ray.engine.stage import decode_pass, encode_pass
+from r1ray.engine.pipeline import Host, _free_port, passes_at_once
+from r1ray.engine.stage import ROW, Link, Place, StageOrder, decode_pass, encode_pass
 from r1ray.errors import UnsupportedModel
 
 numbers = st.lists(st.integers(0, 2**31 - 1), max_size=5)
@@ -21,6 +24,17 @@ pieces = st.lists(st.builds(Piece, ids=numbers, start=st.integers(0, 9999), tabl
 @given(pieces)
 def test_a_pass_is_the_same_after_its_journey(sent):
     assert decode_pass(encode_pass(sent)) == sent
+
+
+def test_rows_of_any_length_arrive():
+    rows = [[], [7], list(range(ROW - 1)), list(range(ROW)), list(range(3 * ROW))]
+    port = _free_port()
+    with ThreadPoolExecutor(2) as pool:
+        links = list(pool.map(lambda stage: Link("127.0.0.1", port, Place(stage=stage, num_stages=2), timeout_s=20), range(2)))
+    driver, other = sorted(links, key=lambda link: link._place.rank)
+    for row in rows:
+        driver.send_row(row, 1)
+        assert other.receive_row(0) == row
 
 
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_qwen2", "tiny_deepseek_v3"])
@@ -37,6 +51,32 @@ def test_stages_of_transformers_modules_equal_the_whole(family, request):
         right = whole.forward(sent)
         got = parts[1].stage(sent, parts[0].stage(sent, None))
     torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "machines", "device", "expected"),
+    [
+        (4, "ab", "cpu", 2),  # a machine for each stage
+        (2, "aa", "cpu", 2),  # half the cores for each
+        (4, "aa", "cpu", 1),  # the same cores
+        (4, "aabb", "cpu", 2),  # two machines of two stages
+        (4, "aa", "cuda", 2),
+    ],
+)
+def test_stages_that_share_cores_take_turns(num_threads, machines, device, expected, tmp_path):
+    order = StageOrder(
+        directory=tmp_path,
+        adapter=None,
+        layers=(0, 1),
+        precision="float32",
+        native=False,
+        num_blocks=2,
+        context=8,
+        num_threads=num_threads,
+        device=device,
+        place=Place(num_stages=len(machines)),
+    )
+    assert passes_at_once(order, [Host(node=str(i), address=name, num_cores=4) for i, name in enumerate(machines)]) == expected
 
 
 def test_a_missing_tensor_is_named(tiny_llama, tmp_path):

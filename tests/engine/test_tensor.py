@@ -17,7 +17,7 @@ from r1ray.engine.backend import Piece
 from r1ray.engine.batching import BatchingEngine
 from r1ray.engine.config import EngineConfig
 from r1ray.engine.paged import TransformersBackend, kv_bytes_per_token
-from r1ray.engine.pipeline import PipelineBackend, Worker
+from r1ray.engine.pipeline import Host, PipelineBackend, Worker
 from r1ray.engine.stage import Link, Place, StageOrder, orders_by_rank
 from r1ray.engine.tensor import check_split
 from r1ray.errors import AdapterMismatch, EngineStopped, InvalidValue, UnsupportedModel
@@ -40,18 +40,17 @@ class Threads:
     def start(self, orders: Sequence[StageOrder]) -> None:
         self._workers = [Worker(order) for order in orders]
 
-    def wait(self) -> list[str]:
-        return ["here"] * len(self._workers)
+    def wait(self) -> list[Host]:
+        return [Host(node="here", address="127.0.0.1", num_cores=8)] * (1 + len(self._workers))
 
-    def compute(self, port: int, hidden: int) -> str:
-        self._threads = [threading.Thread(target=self._run, args=(worker, port, hidden), daemon=True) for worker in self._workers]
+    def compute(self, address: str, port: int, hidden: int) -> None:
+        self._threads = [threading.Thread(target=self._run, args=(worker, address, port, hidden), daemon=True) for worker in self._workers]
         for thread in self._threads:
             thread.start()
-        return "127.0.0.1"
 
-    def _run(self, worker: Worker, port: int, hidden: int) -> None:
+    def _run(self, worker: Worker, address: str, port: int, hidden: int) -> None:
         try:
-            worker.compute("127.0.0.1", port, hidden)
+            worker.compute(address, port, hidden)
         except (EngineStopped, RuntimeError) as error:
             self.errors.append(error)
         self.ended.set()

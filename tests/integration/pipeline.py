@@ -134,12 +134,13 @@ def main(directories: dict[str, Path]) -> None:
             ("deepseek", 3, "auto"),
         ):
             engine, group = spread_engine(artifacts[name], registry, stages, backend)
-            places = getattr(engine._backend, "nodes", [])
-            found[f"{name}/{stages}/{backend}"] = {"nodes": len(set(places)), "tokens": asyncio.run(generate(engine))}
+            places = {host.node for host in getattr(engine._backend, "hosts", [])[1:]}  # this process is outside the group
+            run = {"nodes": len(places), "depth": engine._backend.depth, "tokens": asyncio.run(generate(engine))}
+            found[f"{name}/{stages}/{backend}"] = run
             if group is not None:
                 remove_placement_group(group)
         engine, group = spread_engine(artifacts["deepseek"], registry, 2, "auto", num_tensor=2)
-        found["tensor"] = {"nodes": engine._backend.nodes, "tokens": asyncio.run(generate(engine))}
+        found["tensor"] = {"nodes": [host.node for host in engine._backend.hosts[1:]], "tokens": asyncio.run(generate(engine))}
         remove_placement_group(group)
         engine, _ = spread_engine(artifacts["qwen2"], registry, 2, "auto")
         found["killed"] = asyncio.run(killed(engine))
