@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from r1ray.errors import UnsupportedModel
+from r1ray.model.fp8 import dequantized, fp8_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,7 @@ _SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DTYPES = {
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
+    "F8_E8M0": "float8_e8m0fnu",
     **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"},
 }
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
@@ -68,17 +70,19 @@ def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
 def checkpoint_tensors(directory: Path) -> Tensors:
     """The tensors of a directory, each mapped from its shard when it is asked for and unmapped with its last view.
 
-    A stage of a pipeline reads its own only, and who packs one after the other never has all of them in memory.
+    A stage of a pipeline reads its own only, and who packs one after the other never has all of them in memory. What is stored in FP8
+    comes as bfloat16.
 
     Raises:
-        UnsupportedModel: as `weight_files` and `tensor_shapes`; later, a tensor of a type that torch has not.
+        UnsupportedModel: as `weight_files`, `tensor_shapes` and `fp8_of`; later, a tensor of a type that torch has not.
     """
     places = {name: (file, entry) for file in weight_files(directory) for name, entry in _header(file).items()}
+    fp8 = fp8_of(read_json(directory / "config.json"), directory) if (directory / "config.json").is_file() else None
 
     def tensor(name: str) -> Tensor | None:
         return _mapped(name, *places[name]) if name in places else None
 
-    return tensor
+    return dequantized(tensor, fp8)
 
 
 def _mapped(name: str, file: Path, entry: Mapping[str, Any]) -> Tensor:
