@@ -71,6 +71,7 @@ def import_model(
     name: Annotated[str | None, typer.Option(help="Name in the registry; from the source when absent.")] = None,
     base: Annotated[str | None, typer.Option(help="Base of an adapter, as a registry reference.")] = None,
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file that replaces the model's own template.")] = None,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Then measure which precision serves fastest here. Minutes.")] = False,
 ) -> None:
     """Register a model."""
     from r1ray.model import importer
@@ -81,6 +82,8 @@ def import_model(
     console().print(
         f"{artifact.ref}: {manifest.family}, {manifest.num_parameters / 1e6:.1f} M parameters, in {artifact.path}", soft_wrap=True
     )
+    if calibrate:
+        calibrate_model(artifact.ref)
 
 
 @command(app, "merge")

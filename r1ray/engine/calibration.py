@@ -1,15 +1,18 @@
-"""What a calibration found, kept per weights and machine, and what `dtype: auto` makes of it. Measures nothing itself."""
+"""What a calibration found, kept per weights and kind of machine, and what `dtype: auto` makes of it. Measures nothing itself."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from r1ray.engine.hardware import physical_cores
 from r1ray.settings import Settings
 from r1ray.types import Artifact
 
@@ -73,4 +76,13 @@ def store_calibration(artifact: Artifact, settings: Settings, found: Calibration
 def _file(artifact: Artifact, settings: Settings) -> Path:
     """A base's finding serves its adapters."""
     weights = artifact.manifest.base_sha256 or artifact.manifest.weights_sha256
-    return settings.cache / "calibration" / f"{weights[:16]}-{platform.node()}.json"
+    return settings.cache / "calibration" / f"{weights[:16]}-{_machine()}.json"
+
+
+def _machine() -> str:
+    """Processor and cores, such as "AMD-EPYC-9R14-2-cores": a host name changes with every pod."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    return re.sub(r"[^A-Za-z0-9]+", "-", f"{model} {physical_cores()} cores").strip("-")
