@@ -36,6 +36,7 @@
     │   ├── GenerationFailed        the model gave no usable logits for one request
     │   └── EngineStopped           the engine died or was shut down while the request ran
     ├── EvaluationError             an evaluation set or task that cannot be scored
+    │   ├── DeadlineExceeded        a request was not done in the time it gave itself
     ├── CompressionError            a smaller model that cannot be made, or that answers too differently
     ├── TuningError                 a search that cannot run or has no finished trial
     ├── RetrievalError
@@ -60,6 +61,7 @@ __all__ = [
     "DataError",
     "DiskFull",
     "EngineError",
+    "DeadlineExceeded",
     "EngineStopped",
     "EvaluationError",
     "GenerationFailed",
@@ -206,6 +208,9 @@ class CompressionError(R1RayError): ...
 
 
 class TuningError(R1RayError): ...
+class DeadlineExceeded(EngineError): ...
+
+
 
 
 class RetrievalError(R1RayError): ...

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from r1ray.engine.protocol import GenerationRequest
 from r1ray.errors import InvalidRequest, PromptTooLong
 
-__all__ = ["check_beams", "check_prompt", "clipped_max_tokens"]
+__all__ = ["check_beams", "check_prompt", "clipped_max_tokens", "drawable"]
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ MOST_BEAMS = 64
 
 
 def check_prompt(request: GenerationRequest, *, context_length: int, vocab_size: int | None = None, beams: bool = False) -> None:
-    """Raises InvalidRequest (empty, or an id outside the vocabulary, in the bias too) or PromptTooLong (no room for one token).
+    """Raises InvalidRequest (empty, or an id outside the vocabulary, in bias and stop ids too) or PromptTooLong (no room for one token).
 
     `beams`: whether the engine searches them.
     """
@@ -32,7 +32,8 @@ def check_prompt(request: GenerationRequest, *, context_length: int, vocab_size:
             f"Shorten it to at most {context_length - 1} tokens."
         )
     if vocab_size is not None:
-        for what, ids in (("holds", request.prompt_ids), ("has a logit_bias for", [token for token, _ in request.logit_bias])):
+        biased = [token for token, _ in request.logit_bias]
+        for what, ids in (("holds", request.prompt_ids), ("has a logit_bias for", biased), ("stops at", request.stop_token_ids)):
             _check_ids(request.id, what, ids, vocab_size)
         if not 0 <= (request.num_logprobs or 0) <= vocab_size:
             raise InvalidRequest(f"Request {request.id} asks for {request.num_logprobs} logprobs; give 0 to {vocab_size}.")
@@ -55,6 +56,15 @@ def _check_ids(request_id: str, what: str, ids: Sequence[int], vocab_size: int) 
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         wrong = next(i for i in ids if not 0 <= i < vocab_size)
         raise InvalidRequest(f"Request {request_id} {what} token id {wrong}; the vocabulary has 0 to {vocab_size - 1}. Use its tokenizer.")
+
+
+def drawable(eos_token_ids: Iterable[int], vocab_size: int) -> frozenset[int]:
+    """Those end-of-text ids that the model can draw; a tokenizer or a configuration may name others."""
+    given = frozenset(eos_token_ids)
+    known = frozenset(token for token in given if 0 <= token < vocab_size)
+    if beyond := sorted(given - known):
+        log.warning("end-of-text ids %s are beyond the vocabulary of %d and are ignored; correct the tokenizer", beyond, vocab_size)
+    return known
 
 
 def clipped_max_tokens(request: GenerationRequest, *, context_length: int) -> int:

@@ -16,21 +16,24 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
-from r1ray.engine.admission import check_prompt, clipped_max_tokens
+from r1ray.engine.admission import check_prompt, clipped_max_tokens, drawable
 from r1ray.engine.backend import BLOCK_SIZE, Backend
 from r1ray.engine.beam import BEAM, Ranking, search_beams
 from r1ray.engine.blocks import BlockPool
 from r1ray.engine.cap import BatchCap
 from r1ray.engine.config import EngineConfig
+from r1ray.engine.deadlines import Deadlines, deadline_of, over_time
 from r1ray.engine.loaded import LoadedAdapters
 from r1ray.engine.mailbox import Mailbox, chunks_of, deliver
 from r1ray.engine.passes import chunk_of, piece_of, scored
 from r1ray.engine.protocol import EngineState, EngineStats, GenerationRequest, TokenChunk
-from r1ray.engine.sampler import Drawn, new_rng, sample
+from r1ray.engine.sampler import Drawn, NoToken, new_rng, sample
 from r1ray.engine.scheduler import Scheduler, Segment, Stream
 from r1ray.errors import EngineStopped, GenerationFailed, InvalidRequest, QueueFull, R1RayError
 
@@ -48,28 +51,14 @@ class BatchingEngine:
     """Owns the backend. `context_length` is the model's; the KV cache may hold less than that, and then less is promised."""
 
     capabilities: frozenset[str] = frozenset(
-        {
-            "abort",
-            "adapters",
-            "beam_search",
-            "chunked_prefill",
-            "continuous_batching",
-            "keep_stop",
-            "logit_bias",
-            "logprobs",
-            "masks",
-            "penalties",
-            "preemption",
-            "prompt_logprobs",
-            "prefix_cache",
-            "seed",
-        }
+        {"abort", "adapters", "beam_search", "chunked_prefill", "continuous_batching", "deadlines", "keep_stop", "logit_bias"}
+        | {"logprobs", "masks", "penalties", "preemption", "prompt_logprobs", "prefix_cache", "seed"}
     )
 
     def __init__(self, backend: Backend, config: EngineConfig, *, context_length: int, eos_token_ids: Sequence[int] = ()) -> None:
         self.config = config
         self.context_length = min(context_length, config.max_context or context_length, backend.num_blocks * BLOCK_SIZE)
-        self.eos_token_ids = frozenset(eos_token_ids)
+        self.eos_token_ids = drawable(eos_token_ids, backend.vocab_size)
         self.precision = backend.precision
         self.capabilities = BatchingEngine.capabilities - backend.lacks
         self._backend = backend
@@ -84,11 +73,11 @@ class BatchingEngine:
         objective_s = None if config.tpot_objective_ms is None else config.tpot_objective_ms / 1000
         self._cap = BatchCap(least=config.min_slots, most=config.num_slots, objective_s=objective_s)
         self._scheduler.limit = self._cap.value
-        self._last_step_s = 0.0
         self._state: EngineState = "new"
         self._error: str | None = None
         self._lock = threading.Lock()
         self._open: dict[str, Stream] = {}
+        self._deadlines = Deadlines()
         self._searches: list[GenerationRequest] = []
         self._adapters = LoadedAdapters()
         self._awaited: set[Future[None]] = set()
@@ -127,8 +116,9 @@ class BatchingEngine:
 
     async def _search(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         self._searches.append(request)  # its streams may all have ended when it begins another
+        submit = partial(self._submit, deadline=deadline_of(request))  # of all its streams, whenever they begin
         try:
-            async with aclosing(search_beams(request, self._ranking(request), self._submit, self._abandon)) as chunks:
+            async with aclosing(search_beams(request, self._ranking(request), submit, self._abandon)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         finally:
@@ -177,7 +167,7 @@ class BatchingEngine:
 
     async def stop(self, drain_s: float = 0.0) -> None:
         with self._lock:
-            started = self._state in ("running", "draining")
+            is_new, started = self._state == "new", self._state in ("running", "draining")
             if self._state in ("new", "running"):
                 self._state = "draining"
         deadline = time.monotonic() + drain_s
@@ -186,6 +176,8 @@ class BatchingEngine:
         self._inbox.put(None)
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join, JOIN_TIMEOUT_S)
+        if is_new:  # else the thread does it at its end
+            await asyncio.to_thread(self._backend.close)
         if self._state != "failed":
             self._state = "stopped"
 
@@ -211,7 +203,7 @@ class BatchingEngine:
             error=self._error,
         )
 
-    def _submit(self, request: GenerationRequest, *, room: int = 1) -> Stream:
+    def _submit(self, request: GenerationRequest, *, room: int = 1, deadline: float | None = None) -> Stream:
         """`room`: for how many streams there must be room in the queue; 0 for one that carries on what runs already."""
         check_prompt(request, context_length=self.context_length, vocab_size=self._backend.vocab_size)
         stream = Stream(
@@ -220,6 +212,7 @@ class BatchingEngine:
             max_tokens=clipped_max_tokens(request, context_length=self.context_length),
             stop_ids=self.eos_token_ids | frozenset(request.stop_token_ids),
             rng=new_rng(request.sampling),
+            deadline=deadline_of(request) if deadline is None else deadline,
         )
         with self._lock:
             if room or self._state != "draining":
@@ -230,7 +223,8 @@ class BatchingEngine:
             if room and len(self._open) + room > self.config.num_slots + self.config.max_waiting:
                 raise QueueFull(f"{self.config.max_waiting} requests wait already, which is the limit. Retry later.")
             self._open[request.id] = stream
-        self._inbox.put(lambda: self._scheduler.add(stream))
+            self._deadlines.watch(stream)
+        self._inbox.put(lambda: self._begin(stream))
         return stream
 
     def _check_running(self) -> None:
@@ -280,11 +274,25 @@ class BatchingEngine:
             order()
             self._flush()
 
+    def _begin(self, stream: Stream) -> None:
+        if self._open.get(stream.request.id) is stream:  # it may be over time already
+            self._scheduler.add(stream)
+
+    def _expire(self) -> None:
+        with self._lock:
+            late = self._deadlines.pass_by(self._open.values())
+        for stream in late:
+            self._close(stream, over_time(stream.request), "failed")
+
     def _step(self) -> None:
         """1. plan and submit passes up to the backend's depth  2. wait for the oldest  3. draw and book its tokens  4. post them."""
+        self._expire()
         while len(self._under_way) < self._backend.depth and (plan := self._scheduler.plan()):
+            if doubted := self._pool.take_doubted():
+                self._backend.clear(doubted)
             self._under_way.append((plan, self._backend.submit([piece_of(segment) for segment in plan])))
         if not self._under_way:
+            self._flush()
             return
         plan, submitted = self._under_way.popleft()
         logits = self._backend.collect(submitted)
@@ -293,27 +301,34 @@ class BatchingEngine:
         if any(segment.num_logits != segment.completes for segment in plan):
             logits = scored(logits, plan)
         drawn = sample(logits, drawing) if drawing else []
+        self._pace([stream for stream in drawing if stream in alive])
         for stream, token in zip(drawing, drawn, strict=True):
             if stream in alive:
                 self._book(stream, token)
         self._counts["steps"] += 1
         self._flush()
-        self._pace(sum(segment.num == 1 for segment in plan))
 
-    def _pace(self, num_decoding: int) -> None:
-        """A step without decoding streams, or the first after a pause, says nothing of the time between tokens."""
-        now = time.monotonic()
-        took, self._last_step_s = now - self._last_step_s, now if num_decoding else 0.0
-        if took < now:
-            self._cap.step(took, num_decoding, someone_waits=self._scheduler.num_waiting > 0)
+    def _pace(self, drawing: Sequence[Stream]) -> None:
+        """What these have waited since their last token; who draws its first has waited for its prompt and begins to count."""
+        if self._cap.objective_s is None:
+            return
+        now, running = time.monotonic(), self._scheduler.running
+        num_decoding = sum(stream.drawn_at > 0 for stream in running)
+        waited = [now - stream.drawn_at for stream in drawing if stream.drawn_at]
+        for stream in drawing:
+            stream.drawn_at = now
+        if waited:
+            share, someone_waits = len(waited) / num_decoding, self._scheduler.num_waiting > 0
+            self._cap.step(fmean(waited), len(running), someone_waits=someone_waits, share=share)
             self._scheduler.limit = self._cap.value
 
-    def _book(self, stream: Stream, drawn: Drawn | None) -> None:
-        if drawn is None:
-            cause = "Its mask allows no token." if stream.request.mask else "Its weights or its adapter are damaged; evaluate them."
+    def _book(self, stream: Stream, drawn: Drawn | NoToken) -> None:
+        if isinstance(drawn, NoToken):
+            cause = "Its mask or its logit_bias allows none."
+            if drawn is NoToken.DAMAGED:
+                cause = "The weights or the adapter are damaged; evaluate them."
+                self._pool.doubt(stream.blocks)
             text = f"Request {stream.request.id}: no token has a finite logit. {cause}"
-            self._pool.forget(stream.blocks)
-            self._backend.clear(stream.blocks)
             self._close(stream, GenerationFailed(text), "failed")
             return
         if not stream.generated:

@@ -29,7 +29,10 @@ def prefix_keys(ids: Sequence[int], salt: str, *, first: int = 0, parent: bytes 
 
 
 class BlockPool:
-    """`num_blocks` blocks; each is free, held by one or more streams, or idle: held by nobody, but findable by its key."""
+    """`num_blocks` blocks; each is free, held by one or more streams, or idle: held by nobody, but findable by its key.
+
+    A block whose content is doubted is findable no more, and comes to `take_doubted` when its last holder has let go of it.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -38,6 +41,8 @@ class BlockPool:
         self._key_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
+        self._doubted: set[int] = set()  # held still
+        self._to_clear: list[int] = []
 
     @property
     def num_free(self) -> int:
@@ -87,8 +92,24 @@ class BlockPool:
             del self._holders[block]
             if block in self._key_of:
                 self._idle[block] = None
-            else:
-                self._free.append(block)
+                continue
+            self._free.append(block)
+            if block in self._doubted:
+                self._doubted.remove(block)
+                self._to_clear.append(block)
+
+    def doubt(self, blocks: Iterable[int]) -> None:
+        """Held blocks may hold what spoils sums. Who shares them keeps them: overwriting would falsify its answer without a word, while
+        damaged ones show in its own logits.
+        """
+        doubted = list(blocks)
+        self.forget(doubted)
+        self._doubted.update(doubted)
+
+    def take_doubted(self) -> list[int]:
+        """Blocks to overwrite before anything else is written: nobody who wrote them holds them any more."""
+        taken, self._to_clear = self._to_clear, []
+        return taken
 
     def forget(self, blocks: Iterable[int]) -> None:
         """`find` knows these blocks no more; who holds them keeps them."""

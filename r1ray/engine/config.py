@@ -104,6 +104,8 @@ class EngineConfig(Config):
             "backend": self.backend != "auto",
             "device": self.device != "auto",
             "tpot_objective_ms": self.tpot_objective_ms is not None,
+            "min_slots": self.min_slots != type(self).model_fields["min_slots"].default,
+            "busy_beams": self.busy_beams is not None,
             "dtype": self.dtype not in ("auto", "float32", "bfloat16"),
         }
         if wrong := [key for key, given in lacking.items() if given]:

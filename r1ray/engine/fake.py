@@ -7,11 +7,13 @@ engine serves several event loops, as the real one does.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
 from r1ray.engine.admission import check_prompt, clipped_max_tokens
 from r1ray.engine.config import EngineConfig
+from r1ray.engine.deadlines import deadline_of, over_time
 from r1ray.engine.protocol import EngineState, EngineStats, FinishReason, GenerationRequest, TokenChunk
 from r1ray.errors import EngineStopped, InvalidRequest, QueueFull, UnknownAdapter
 
@@ -36,7 +38,7 @@ class FakeEngine:
         context_length: int = 8192,
     ) -> None:
         self.config = config or EngineConfig(type="fake")
-        self.capabilities = frozenset({"abort", "adapters", "seed"})
+        self.capabilities = frozenset({"abort", "adapters", "deadlines", "seed"})
         self.context_length = min(context_length, self.config.max_context or context_length)
         self.adapters: dict[str, Path] = {}
         self._leaving: set[str] = set()
@@ -99,12 +101,14 @@ class FakeEngine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         self._admit(request)
         finish: FinishReason | None = None
+        deadline = deadline_of(request)
         try:
-            await self._slot(request)
+            await self._slot(request, deadline)
             answer, limit = self._planned(request)
             for token in answer[:limit]:
                 await asyncio.sleep(self.config.fake.token_delay_s)
                 self._check_alive()
+                _check_time(request, deadline)
                 if request.id in self._aborted:
                     break
                 self._counts["generated"] += 1
@@ -135,9 +139,10 @@ class FakeEngine:
         self._waiting.append(request)
         self._waiting.sort(key=lambda r: r.priority)
 
-    async def _slot(self, request: GenerationRequest) -> None:
+    async def _slot(self, request: GenerationRequest, deadline: float) -> None:
         while self._waiting[0] is not request or len(self._running) >= self.config.num_slots:
             self._check_alive()
+            _check_time(request, deadline)
             if request.id in self._aborted:
                 return
             await asyncio.sleep(POLL_S)
@@ -164,3 +169,8 @@ class FakeEngine:
 
     def _death(self) -> EngineStopped:
         return EngineStopped(f"The engine is {self._state}{f' ({self._error})' if self._error else ''}. Start another one.")
+
+
+def _check_time(request: GenerationRequest, deadline: float) -> None:
+    if time.monotonic() >= deadline:
+        raise over_time(request)

@@ -36,6 +36,7 @@ class GenerationRequest:
     Only requests with the same `cache_salt` (a tenant's, say) share computed prefixes.
     `num_beams` above 1 searches for the likeliest answer instead of drawing one (capability `beam_search`): it comes as one chunk at the
     end, and the sum of its log-probabilities, divided by its length to the power of `length_penalty`, is the highest that was found.
+    `timeout_s`: seconds from now, in the queue included, after which it ends with DeadlineExceeded, wherever it is.
     """
 
     id: str
@@ -54,6 +55,7 @@ class GenerationRequest:
     mask: Mask | None = None
     num_beams: int = 1
     length_penalty: float = 1.0
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,12 +124,13 @@ class Engine(Protocol):
         """Stream one answer. Closing the generator or cancelling its task aborts the request and frees its slot within one step.
 
         Raises at the first `__anext__`:
-            InvalidRequest: an empty prompt, an id outside the vocabulary, or a request id that is already running.
+            InvalidRequest: an empty prompt, an id outside the vocabulary (stop ids too), or a request id that is already running.
             PromptTooLong: the prompt leaves no room for one token of the context. (A too large max_tokens is clipped to the context.)
             QueueFull: `max_waiting` requests wait already.
             UnknownAdapter: no adapter of that name was loaded.
         Raises at any time:
             GenerationFailed: the model gave no usable logits for this request; the others run on.
+            DeadlineExceeded: its `timeout_s` is over; tokens drawn until then were yielded.
             EngineStopped: the engine died or was stopped.
         """
 

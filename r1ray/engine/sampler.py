@@ -12,6 +12,7 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from r1ray.engine.protocol import TokenLogprobs
 from r1ray.engine.scheduler import Stream
 from r1ray.types import Sampling
 
-__all__ = ["Drawn", "Penalties", "new_rng", "prompt_logprobs", "sample"]
+__all__ = ["Drawn", "NoToken", "Penalties", "new_rng", "prompt_logprobs", "sample"]
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,13 @@ class Drawn:
 
     token: int
     logprobs: TokenLogprobs | None = None
+
+
+class NoToken(Enum):
+    """Why a stream gets none. Damaged: the model gave no finite logits; forbidden: its mask or its bias leaves nothing of good ones."""
+
+    DAMAGED = "damaged"
+    FORBIDDEN = "forbidden"
 
 
 class Penalties:
@@ -62,9 +70,10 @@ def new_rng(sampling: Sampling) -> random.Random:
     return random.Random(sampling.seed)
 
 
-def sample(logits_RV: Tensor, streams: Sequence[Stream]) -> list[Drawn | None]:
-    """One token per row; None where the row's logits are not finite. May overwrite the logits."""
+def sample(logits_RV: Tensor, streams: Sequence[Stream]) -> list[Drawn | NoToken]:
+    """One token per row, or why there is none. May overwrite the logits."""
     logits_RV = logits_RV if all(_is_plain_greedy(s) for s in streams) else logits_RV.float()
+    before = {row: logits_RV[row].amax() for row, stream in enumerate(streams) if stream.request.mask or stream.request.logit_bias}
     for row, stream in enumerate(streams):
         if not _is_plain_greedy(stream):
             _constrain(logits_RV[row], stream)
@@ -75,12 +84,16 @@ def sample(logits_RV: Tensor, streams: Sequence[Stream]) -> list[Drawn | None]:
     if random_rows:
         for row, token in zip(random_rows, _draw(logits_RV[random_rows], [streams[i] for i in random_rows]), strict=True):
             tokens[row] = token
-    return [_booked(logits_RV, row, token, stream) for row, (token, stream) in enumerate(zip(tokens, streams, strict=True))]
+    drawn: list[Drawn | NoToken] = []
+    for row, (token, stream) in enumerate(zip(tokens, streams, strict=True)):
+        if token is not None:
+            drawn.append(_booked(logits_RV, row, token, stream))
+        else:
+            drawn.append(NoToken.FORBIDDEN if row in before and bool(before[row].isfinite()) else NoToken.DAMAGED)
+    return drawn
 
 
-def _booked(logits_RV: Tensor, row: int, token: int | None, stream: Stream) -> Drawn | None:
-    if token is None:
-        return None
+def _booked(logits_RV: Tensor, row: int, token: int, stream: Stream) -> Drawn:
     if stream.penalties is not None:
         stream.penalties.add(token)
     num = stream.request.num_logprobs

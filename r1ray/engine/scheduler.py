@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,8 @@ class Stream:
     """One accepted request on its way. `num_computed` counts the leading tokens whose keys and values are in its `blocks`.
 
     `keys` are those of its leading full blocks as far as they were needed; `num_cached` counts prompt tokens that were found computed.
-    `adapter_number` tells the adapter that computes it from others, earlier ones of the same name included.
+    `adapter_number` tells the adapter that computes it from others, earlier ones of the same name included. `drawn_at` is when it got its
+    latest token, 0 before the first and after it gave way; it ends at its `deadline` (time.monotonic's clock).
     """
 
     request: GenerationRequest
@@ -47,6 +49,8 @@ class Stream:
     keys: list[bytes] = field(default_factory=list)
     arrival: int = 0
     adapter_number: int = 0
+    drawn_at: float = 0.0
+    deadline: float = math.inf
 
     @property
     def num_tokens(self) -> int:
@@ -245,6 +249,7 @@ class Scheduler:
         self._planned.pop(stream, None)
         self._release(stream)
         stream.num_computed = 0
+        stream.drawn_at = 0.0
         self.num_preempted += 1
         self._wait(stream)
 

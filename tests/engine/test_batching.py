@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from r1ray.errors import EngineStopped, GenerationFailed, InvalidRequest, PromptTooLong, QueueFull, UnknownAdapter
+from r1ray.errors import DeadlineExceeded, EngineStopped, GenerationFailed, InvalidRequest, PromptTooLong, QueueFull, UnknownAdapter
 from tests.engine import conftest as kit
 
 collect, lively, prompts, running, tokens, until, wanted = (
@@ -228,6 +228,7 @@ def test_a_more_urgent_request_starts_first(tiny_llama):
         (wanted("a", (5,), adapter="x"), UnknownAdapter, "'x'"),
         (wanted("a", (5,), logit_bias=((640, 1.0),)), InvalidRequest, "logit_bias for token id 640"),
         (wanted("a", (5,), num_logprobs=9999), InvalidRequest, "9999 logprobs"),
+        (wanted("a", (5,), stop_token_ids=(7, 640)), InvalidRequest, "stops at token id 640"),
     ],
 )
 def test_a_request_that_cannot_run_is_refused(tiny_llama, request_, error, says):
@@ -344,6 +345,70 @@ def test_broken_logits_fail_one_request_only(tiny_llama, reference, backend):
     assert stats.num_failed == 1
 
 
+def test_end_of_text_beyond_the_vocabulary_is_left_out_with_a_warning(tiny_llama, reference, caplog):
+    """A tokenizer may have added tokens that the model has no row for: no step may index by them."""
+    plain = reference(tiny_llama, (5, 6, 7), 4)
+    end = plain[0]
+
+    async def scenario():
+        async with running(lively(tiny_llama), eos=(end, 640, 99_999)) as engine:
+            held = await tokens(engine, wanted("a", (5, 6, 7), ignore_eos=False, min_tokens=2, max_tokens=4))
+            return held, await tokens(engine, wanted("b", (5, 6, 7), max_tokens=4)), engine.stats().state
+
+    held, after, state = asyncio.run(scenario())
+    assert end not in held[:2]
+    assert (after, state) == (plain, "running")
+    assert "[640, 99999] are beyond the vocabulary of 640" in caplog.text
+
+
+@BACKENDS
+@pytest.mark.parametrize("kind", ["damaged", "masked"])
+def test_a_failed_request_spoils_nobody_who_shares_its_beginning(tiny_llama, reference, backend, kind):
+    """A long system prompt: its blocks are the other streams' too, and must neither be overwritten nor, after a mask, be forgotten."""
+    system = tuple(range(20, 120))
+    good, later = (*system, 5, 6), (*system, 7)
+    expected = [reference(tiny_llama, good, 40), reference(tiny_llama, later, 12)]
+    model = lively(tiny_llama)
+    model.model.embed_tokens.weight.data[499] = float("nan")
+    bad = wanted("bad", (*system, 499)) if kind == "damaged" else wanted("bad", (*system, 8), mask=lambda drawn: [])
+
+    async def scenario():
+        async with running(model, num_slots=3, backend=backend) as engine:
+            chunks = engine.generate(wanted("good", good, max_tokens=40))
+            got = list((await anext(chunks)).token_ids)
+            with pytest.raises(GenerationFailed):
+                await tokens(engine, bad)
+            async for chunk in chunks:
+                got += chunk.token_ids
+            after = await collect(engine, wanted("later", later))
+            return got, [token for chunk in after for token in chunk.token_ids], after[-1].num_cached_tokens, engine.stats()
+
+    got, after, num_cached, stats = asyncio.run(scenario())
+    assert [got, after] == expected
+    assert num_cached == (0 if kind == "damaged" else 96)
+    assert stats.num_free_blocks == stats.num_blocks
+
+
+@BACKENDS
+def test_what_shares_damaged_blocks_fails_too_and_nobody_after_it(tiny_llama, reference, backend):
+    """The damage lies in the common beginning: whoever found it draws nothing finite, and the room is clean for its next owner."""
+    system = (499, *range(20, 120))
+    model = lively(tiny_llama)
+    model.model.embed_tokens.weight.data[499] = float("nan")
+    good = tuple(range(30, 140))
+
+    async def scenario():
+        async with running(model, num_slots=2, num_blocks=6, prefill_chunk=40, backend=backend) as engine:
+            asked = [tokens(engine, wanted(name, (*system, last))) for name, last in (("a", 5), ("b", 6))]
+            failed = await asyncio.gather(*asked, return_exceptions=True)
+            return failed, await tokens(engine, wanted("next", good)), engine.stats()
+
+    failed, after, stats = asyncio.run(scenario())
+    assert [type(each) for each in failed] == [GenerationFailed] * 2
+    assert after == reference(tiny_llama, good, 12)
+    assert stats.num_free_blocks == 6
+
+
 @pytest.mark.parametrize("mask", [lambda drawn: [], lambda drawn: 1 / 0], ids=["nothing", "failing"])
 def test_a_mask_that_allows_nothing_fails_its_own_request(tiny_llama, reference, mask):
     async def scenario():
@@ -375,6 +440,65 @@ def test_death_of_the_engine_reaches_every_consumer(tiny_llama):
     assert [type(r) for r in results] == [EngineStopped] * 4
     assert stats.state == "failed"
     assert "TypeError" in stats.error
+
+
+def test_stopping_an_engine_gives_its_backend_back_once_started_or_not(tiny_llama):
+    async def scenario(starts):
+        engine, closed = kit.engine_of(lively(tiny_llama)), []
+        engine.backend.close = lambda: closed.append(True)
+        if starts:
+            await engine.start()
+        await engine.stop()
+        await engine.stop()
+        return len(closed), engine.stats().state
+
+    assert [asyncio.run(scenario(starts)) for starts in (False, True)] == [(1, "stopped")] * 2
+
+
+def test_a_request_over_its_time_ends_with_an_error_and_frees_its_slot(tiny_llama, reference):
+    async def scenario():
+        async with running(lively(tiny_llama), num_slots=1) as engine:
+            got = []
+            with pytest.raises(DeadlineExceeded, match=r"Request late was not done within its 0\.1 s"):
+                async with aclosing(engine.generate(wanted("late", (5, 6), max_tokens=500, timeout_s=0.1))) as chunks:
+                    async for chunk in chunks:
+                        got += chunk.token_ids
+                        time.sleep(0.001)  # the engine's thread goes on
+            after = engine.stats()
+            return got, after, await tokens(engine, wanted("next", (5, 6, 7), timeout_s=60))
+
+    got, after, following = asyncio.run(scenario())
+    assert 0 < len(got) < 500
+    assert (after.num_failed, after.num_free_slots) == (1, 1)
+    assert following == reference(tiny_llama, (5, 6, 7), 12)
+
+
+def test_a_waiting_request_is_over_time_in_the_queue(tiny_llama):
+    async def scenario():
+        async with running(lively(tiny_llama), num_slots=1) as engine:
+            first = engine.generate(wanted("first", (5,), max_tokens=500))
+            await anext(first)
+            began = time.monotonic()
+            with pytest.raises(DeadlineExceeded):
+                await tokens(engine, wanted("late", (6,), timeout_s=0.05))
+            took = time.monotonic() - began
+            await first.aclose()
+            await until(lambda: engine.stats().num_free_slots == 1)
+            return took, engine.stats()
+
+    took, stats = asyncio.run(scenario())
+    assert 0.05 <= took < 2
+    assert (stats.num_failed, stats.num_waiting) == (1, 0)
+
+
+def test_a_search_is_over_time_as_a_whole(tiny_llama):
+    async def scenario():
+        async with running(lively(tiny_llama), num_slots=4) as engine:
+            with pytest.raises(DeadlineExceeded):
+                await collect(engine, wanted("search", (5, 6), max_tokens=400, num_beams=3, timeout_s=0.2))
+            await until(lambda: engine.stats().num_free_slots == 4)
+
+    asyncio.run(scenario())
 
 
 def test_stop_drains_then_ends_the_rest(tiny_llama):
@@ -472,3 +596,27 @@ def test_a_latency_objective_holds_streams_back_and_serves_all(tiny_llama):
     most, stats = asyncio.run(scenario())
     assert most == 2
     assert stats.num_finished == 6
+
+
+def test_a_latency_objective_lets_more_in_where_two_passes_are_under_way(tiny_llama):
+    """As in a pipeline: each pass decodes half of the streams, and a stream's tokens are two passes apart."""
+    from r1ray.engine.batching import BatchingEngine
+    from r1ray.engine.config import EngineConfig
+    from r1ray.engine.paged import TransformersBackend
+
+    class TwoAtOnce(TransformersBackend):
+        depth = 2
+
+    async def scenario(objective_ms):
+        config = EngineConfig(num_threads=1, num_slots=6, min_slots=2, tpot_objective_ms=objective_ms)
+        model = lively(tiny_llama)
+        engine = BatchingEngine(TwoAtOnce(model, num_blocks=64), config, context_length=512)
+        await engine.start()
+        asked = [tokens(engine, wanted(str(i), (5, i + 20), max_tokens=60)) for i in range(9)]
+        got = await asyncio.gather(*asked)
+        limit = engine._scheduler.limit
+        await engine.stop()
+        return limit, {len(each) for each in got}
+
+    assert asyncio.run(scenario(10_000)) == (6, {60})
+    assert asyncio.run(scenario(0.001)) == (2, {60})

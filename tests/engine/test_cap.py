@@ -31,3 +31,15 @@ def test_it_falls_when_the_machine_gets_slower():
 @pytest.mark.parametrize(("objective_s", "waiting", "expected"), [(None, True, 16), (0.05, False, 4)])
 def test_without_an_objective_or_a_queue_it_stays(objective_s, waiting, expected):
     assert settled(BatchCap(least=4, most=16, objective_s=objective_s), 0.001, waiting=waiting) == expected
+
+
+def test_in_a_pipeline_the_cap_follows_what_a_stream_waits_and_not_what_a_pass_takes():
+    """Four passes make a round: each gives a quarter of the streams a token, for which they have waited four passes."""
+    cap, steps = BatchCap(least=4, most=32, objective_s=0.05), []
+    for _ in range(2400):
+        before = cap.value
+        cap.step(0.002 * cap.value, cap.value, someone_waits=True, share=0.25)
+        steps.append(cap.value != before)
+    assert cap.value == 25  # 50 ms / 2 ms
+    first = steps.index(True)
+    assert first + 1 == 32, "eight rounds of four passes"

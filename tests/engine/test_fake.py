@@ -8,7 +8,7 @@ import pytest
 from r1ray.engine.config import EngineConfig, FakeConfig
 from r1ray.engine.fake import FakeEngine
 from r1ray.engine.protocol import Engine, GenerationRequest
-from r1ray.errors import EngineStopped, InvalidRequest, PromptTooLong, QueueFull, UnknownAdapter
+from r1ray.errors import DeadlineExceeded, EngineStopped, InvalidRequest, PromptTooLong, QueueFull, UnknownAdapter
 from r1ray.types import Sampling
 
 
@@ -92,3 +92,19 @@ def test_the_failure_switch_ends_every_stream():
         return [type(r) for r in results], engine.stats().state
 
     assert asyncio.run(scenario()) == ([EngineStopped, EngineStopped], "failed")
+
+
+def test_a_request_is_over_time_running_or_waiting():
+    async def run():
+        engine = fake(delay_s=0.02, num_slots=1)
+        await engine.start()
+        running = asyncio.create_task(collect(engine, request("running", prompt=tuple(range(50)), max_tokens=50, timeout_s=0.2)))
+        await asyncio.sleep(0.05)
+        with pytest.raises(DeadlineExceeded, match="waiting"):
+            await collect(engine, request("waiting", timeout_s=0.05))
+        assert not running.done()
+        with pytest.raises(DeadlineExceeded, match=r"running was not done within its 0\.2 s"):
+            await running
+        return engine.stats().num_free_slots
+
+    assert asyncio.run(run()) == 1

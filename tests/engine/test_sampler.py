@@ -2,13 +2,14 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from r1ray.engine import sampler
 from r1ray.engine.protocol import GenerationRequest
-from r1ray.engine.sampler import Penalties
+from r1ray.engine.sampler import Drawn, NoToken, Penalties
 from r1ray.engine.scheduler import Stream
 from r1ray.types import Sampling
 
@@ -19,8 +20,13 @@ def stream(seed=0, prompt=(1,), generated=(), stop=(), min_tokens=0, **settings)
     return Stream(request=request, mailbox=None, max_tokens=9, stop_ids=frozenset(stop), generated=list(generated), rng=random.Random(seed))
 
 
+def with_request(one, **fields):
+    one.request = replace(one.request, **fields)
+    return one
+
+
 def sample(logits, streams):
-    return [None if drawn is None else drawn.token for drawn in sampler.sample(logits, streams)]
+    return [drawn.token if isinstance(drawn, Drawn) else drawn for drawn in sampler.sample(logits, streams)]
 
 
 def support(probabilities, **settings):
@@ -100,4 +106,12 @@ def test_rows_do_not_influence_each_other():
 
 def test_broken_rows_give_nothing_and_harm_nobody():
     logits = torch.tensor([[0.0, float("nan")], [0.0, 9.0], [float("-inf"), float("-inf")]])
-    assert sample(logits, [stream(), stream(temperature=0), stream()]) == [None, 1, None]
+    assert sample(logits, [stream(), stream(temperature=0), stream()]) == [NoToken.DAMAGED, 1, NoToken.DAMAGED]
+
+
+def test_a_mask_or_a_bias_that_leaves_nothing_is_not_taken_for_damage():
+    forbidding = {"mask": lambda drawn: []}, {"logit_bias": ((0, float("-inf")), (1, float("-inf")))}
+    streams = [with_request(stream(temperature=0), **fields) for fields in forbidding]
+    good, damaged = torch.tensor([[0.0, 9.0]] * 2), torch.tensor([[0.0, float("nan")]] * 2)
+    assert sample(good, streams) == [NoToken.FORBIDDEN] * 2
+    assert sample(damaged, streams) == [NoToken.DAMAGED] * 2

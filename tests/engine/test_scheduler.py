@@ -112,3 +112,18 @@ def test_a_common_beginning_is_shared_and_outlives_its_first_stream():
     plan.add(other := stream("other", range(65), adapter=1))
     memory.step(plan)
     assert (third.num_cached, other.num_cached) == (64, 0)
+
+
+def test_doubted_blocks_stay_with_who_shares_them_and_are_cleared_when_the_last_lets_go():
+    pool = BlockPool(4)
+    shared, own = pool.take(2)
+    pool.publish(shared, b"key")
+    assert pool.find([b"key"]) == [shared]
+    pool.doubt([shared, own])
+    assert pool.find([b"key"]) == []
+    pool.release([shared, own])
+    assert pool.take_doubted() == [own]
+    assert pool.num_held == 1
+    pool.release([shared])
+    assert pool.take_doubted() == [shared]
+    assert (pool.num_free, pool.take_doubted()) == (4, [])

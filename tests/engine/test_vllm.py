@@ -89,6 +89,8 @@ def test_adapters_make_room_for_the_models_own() -> None:
         ({"type": "vllm", "backend": "native"}, "backend=native"),
         ({"type": "vllm", "device": "cuda"}, "device=cuda"),
         ({"type": "vllm", "tpot_objective_ms": 50}, "tpot_objective_ms=50"),
+        ({"type": "vllm", "min_slots": 2}, "min_slots=2"),
+        ({"type": "vllm", "busy_beams": 2}, "busy_beams=2"),
         ({"type": "vllm", "vllm": {"executor": "ray"}}, "stage_gpus is 0"),
     ],
 )

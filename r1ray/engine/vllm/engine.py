@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r1ray.engine.admission import check_prompt, clipped_max_tokens
+from r1ray.engine.admission import check_prompt, clipped_max_tokens, drawable
 from r1ray.engine.config import EngineConfig
+from r1ray.engine.deadlines import Deadlines, deadline_of, over_time
 from r1ray.engine.mailbox import Mailbox, chunks_of, deliver
 from r1ray.engine.protocol import EngineState, EngineStats, GenerationRequest, TokenChunk, TokenLogprobs
 from r1ray.engine.vllm.arguments import sampling_arguments
@@ -30,6 +31,7 @@ __all__ = ["VllmEngine", "adapter_rank"]
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0
+SOON_S = 0.01
 DEAF_S = 120.0  # an actor that does not answer a poll for so long hangs
 STOP_S = 30.0
 DRAIN_POLL_S = 0.02
@@ -37,6 +39,7 @@ CAPABILITIES = frozenset(
     {
         "abort",
         "continuous_batching",
+        "deadlines",
         "keep_stop",
         "logit_bias",
         "logprobs",
@@ -53,6 +56,7 @@ CAPABILITIES = frozenset(
 class _Stream:
     request: GenerationRequest
     mailbox: Mailbox[TokenChunk | Exception]
+    deadline: float
     num_tokens: int = 0
 
 
@@ -62,7 +66,7 @@ class VllmEngine:
     def __init__(self, actor: Any, found: Mapping[str, Any], config: EngineConfig, *, eos_token_ids: Sequence[int] = ()) -> None:
         self.config = config
         self.context_length: int = found["context"]
-        self.eos_token_ids = frozenset(eos_token_ids)
+        self.eos_token_ids = drawable(eos_token_ids, found["vocab_size"])
         self.precision: str = found["dtype"]
         self.pid: int = found["pid"]
         self.capabilities = CAPABILITIES | {
@@ -76,6 +80,7 @@ class VllmEngine:
         self._error: str | None = None
         self._lock = threading.Lock()
         self._open: dict[str, _Stream] = {}
+        self._deadlines = Deadlines()
         self._figures: Mapping[str, float] = {}
         self._counts = {"prompt": 0, "cached": 0, "generated": 0, "finished": 0, "aborted": 0, "failed": 0}
         self._halt = threading.Event()
@@ -169,7 +174,7 @@ class VllmEngine:
             raise InvalidRequest(f"Request {request.id} has a mask, which vLLM cannot call in its process. Use engine type torch.")
         self._check_adapter(request.adapter)
         max_tokens = clipped_max_tokens(request, context_length=self.context_length)
-        stream = _Stream(request, Mailbox())
+        stream = _Stream(request, Mailbox(), deadline_of(request))
         with self._lock:
             self._check_running()
             if request.id in self._open:
@@ -177,6 +182,7 @@ class VllmEngine:
             if len(self._open) >= self.config.num_slots + self.config.max_waiting:
                 raise QueueFull(f"{self.config.max_waiting} requests wait already, which is the limit. Retry later.")
             self._open[request.id] = stream
+            self._deadlines.watch(stream)
         sampling = sampling_arguments(request, max_tokens=max_tokens, eos_token_ids=self.eos_token_ids)
         order = {name: getattr(request, name) for name in ("id", "prompt_ids", "priority", "cache_salt", "adapter", "keep_stop")}
         self._actor.submit.remote(order | {"sampling": sampling})
@@ -201,8 +207,9 @@ class VllmEngine:
 
         try:
             while not self._halt.is_set():
-                events, self._figures = ray.get(self._actor.poll.remote(POLL_S), timeout=DEAF_S)
-                deliver([self._book(event) for event in events if event[0] in self._open])
+                wait_s = min(POLL_S, max(SOON_S, self._deadlines.next - time.monotonic()))
+                events, self._figures = ray.get(self._actor.poll.remote(wait_s), timeout=DEAF_S)
+                deliver([*(self._book(event) for event in events if event[0] in self._open), *self._expire()])
         except Exception as error:  # whatever Ray or vLLM says here, no stream will ever go on
             if not self._halt.is_set():
                 log.exception("vLLM is lost")
@@ -235,6 +242,14 @@ class VllmEngine:
             prompt_logprobs=tuple(of_prompt or ()),
         )
         return stream.mailbox, chunk
+
+    def _expire(self) -> list[tuple[Mailbox[TokenChunk | Exception], Exception]]:
+        with self._lock:
+            late = self._deadlines.pass_by(self._open.values())
+        for stream in late:
+            self._actor.abort.remote(stream.request.id)
+            self._close(stream.request.id, "failed")
+        return [(stream.mailbox, over_time(stream.request)) for stream in late]
 
     def _close(self, id_: str, counter: str) -> None:
         with self._lock:
