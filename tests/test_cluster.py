@@ -115,10 +115,10 @@ def test_mixed_bundles_that_greedy_placing_misses_are_found():
 def test_an_answer_takes_less_than_a_second_however_hard_the_question():
     nodes = made_of(*[{"CPU": 10.0}] * 12)
     bundles = [{"CPU": size} for size in (3.1, 3.7, 4.3, 5.9, 2.3) * 6]
-    start = time.monotonic()
+    start = time.process_time()  # without what else runs on the machine
     with contextlib.suppress(ClusterTooSmall):
         check_placement(nodes, bundles, wanted_by="x")
-    assert time.monotonic() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 SIZES = st.integers(min_value=0, max_value=4)
