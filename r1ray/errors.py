@@ -7,7 +7,8 @@
     ├── ClusterError
     │   ├── ClusterUnreachable      no Ray cluster answers at the address
     │   ├── ClusterTooSmall         the request can never be placed; names the missing bundle
-    │   └── PortInUse               another process listens where a server should
+    │   ├── PortInUse               another process listens where a server should
+    │   └── HomeNotShared           a node that has another directory at the path of R1RAY_HOME
     ├── RegistryError
     │   ├── ModelNotFound           no registered model of that name
     │   ├── VersionNotFound         the model has no such version or alias
@@ -27,16 +28,17 @@
     ├── TrainingError
     │   ├── CheckpointCorrupt       a checkpoint that cannot be read; names the last good one
     │   ├── DiskFull                no room to write; says how much is wanted
-    │   └── OutOfMemory             a worker's memory is too small; says what was tried
+    │   ├── OutOfMemory             a worker's memory is too small; says what was tried
+    │   └── RunInUse                another job trains this very run; says which
     ├── EngineError
     │   ├── PromptTooLong           prompt (and wanted tokens) exceed the context
     │   ├── QueueFull               no room for another request; retry later
     │   ├── UnknownAdapter          the replica has not loaded that adapter
     │   ├── InvalidRequest          an empty prompt, an id outside the vocabulary, a request id in use
     │   ├── GenerationFailed        the model gave no usable logits for one request
+    │   ├── DeadlineExceeded        a request was not done in the time it gave itself
     │   └── EngineStopped           the engine died or was shut down while the request ran
     ├── EvaluationError             an evaluation set or task that cannot be scored
-    │   ├── DeadlineExceeded        a request was not done in the time it gave itself
     ├── CompressionError            a smaller model that cannot be made, or that answers too differently
     ├── TuningError                 a search that cannot run or has no finished trial
     ├── RetrievalError
@@ -59,12 +61,13 @@ __all__ = [
     "CompressionError",
     "ConfigError",
     "DataError",
+    "DeadlineExceeded",
     "DiskFull",
     "EngineError",
-    "DeadlineExceeded",
     "EngineStopped",
     "EvaluationError",
     "GenerationFailed",
+    "HomeNotShared",
     "InvalidRequest",
     "InvalidValue",
     "MissingColumn",
@@ -79,6 +82,7 @@ __all__ = [
     "R1RayError",
     "RegistryError",
     "RetrievalError",
+    "RunInUse",
     "ServerUnreachable",
     "ServingError",
     "TemplateMismatch",
@@ -118,6 +122,9 @@ class ClusterTooSmall(ClusterError): ...
 
 
 class PortInUse(ClusterError): ...
+
+
+class HomeNotShared(ClusterError): ...
 
 
 class RegistryError(R1RayError): ...
@@ -180,6 +187,9 @@ class DiskFull(TrainingError): ...
 class OutOfMemory(TrainingError): ...
 
 
+class RunInUse(TrainingError): ...
+
+
 class EngineError(R1RayError): ...
 
 
@@ -198,6 +208,9 @@ class InvalidRequest(EngineError): ...
 class GenerationFailed(EngineError): ...
 
 
+class DeadlineExceeded(EngineError): ...
+
+
 class EngineStopped(EngineError): ...
 
 
@@ -208,9 +221,6 @@ class CompressionError(R1RayError): ...
 
 
 class TuningError(R1RayError): ...
-class DeadlineExceeded(EngineError): ...
-
-
 
 
 class RetrievalError(R1RayError): ...

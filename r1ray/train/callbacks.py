@@ -5,6 +5,7 @@ The exchange gives every rank the same loss and the same elapsed time, so all of
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,10 @@ from r1ray.train.standing import KEPT, MARK, Standing
 from r1ray.train.trainer import Paced
 
 __all__ = ["Diverged", "Pace"]
+
+_WORK_PER_SAVE = 9.0
+"""Seconds of training for each second of saving: saves by time take a tenth of it at most, however slow the disk is."""
+_log = logging.getLogger(__name__)
 
 
 class Diverged(TrainingError):
@@ -51,7 +56,11 @@ class Pace(TrainerCallback):
     curve: Curve | None = None
     _began: float = 0.0
     _step_began: float = 0.0
+    _save_began: float = 0.0
     _saved_at_s: float = 0.0
+    """When the last save ended. It and the next are each rank's own until the next exchange, which makes them rank 0's."""
+    _save_cost_s: float = 0.0
+    _is_stretched: bool = False
     _loss: float = math.nan
     _rate: float = 0.0
     _last: Step | None = None
@@ -70,13 +79,14 @@ class Pace(TrainerCallback):
         """Exchange before the learning rate moves on, since that may depend on the elapsed time."""
         trainer = self._bound
         elapsed = self.elapsed_before_s + time.monotonic() - self._began
-        told = [trainer.tally.take(), elapsed if self.rank == 0 else 0.0, float(self.reporter.is_leaving())]
+        clock = (elapsed, self._saved_at_s, self._save_cost_s) if self.rank == 0 else (0.0, 0.0, 0.0)
+        told = [trainer.tally.take(), float(self.reporter.is_leaving()), *clock]
         exchanged = torch.tensor(told, dtype=torch.float64, device=args.device)
         if dist.is_initialized():
             dist.all_reduce(exchanged)
         self._loss = exchanged[0].item() / trainer.feed.num_trained(state.global_step)
-        trainer.schedule.elapsed_s = exchanged[1].item()
-        self._is_leaving = exchanged[2].item() > 0
+        self._is_leaving = exchanged[1].item() > 0
+        trainer.schedule.elapsed_s, self._saved_at_s, self._save_cost_s = exchanged[2:].tolist()
         self._rate = trainer.learning_rate
         if not math.isfinite(self._loss):
             raise Diverged(
@@ -97,6 +107,7 @@ class Pace(TrainerCallback):
         control.should_training_stop = is_over or self.standing.is_over(self.config.early_stopping_patience)
         is_urgent, self._was_leaving = self._is_leaving and not self._was_leaving, self._is_leaving
         control.should_save = control.should_training_stop or is_best or is_urgent or self._is_due(state.global_step)
+        self._save_began = time.monotonic()
         if not control.should_save and state.global_step % self.config.log_every_steps == 0:
             self.reporter.report(self._metrics())
         return control
@@ -116,9 +127,11 @@ class Pace(TrainerCallback):
         destination = self.run_directory / checkpoint.directory_name(meta.step, meta.elapsed_s)
         metrics = {**self._metrics(), KEPT: self.standing.kept_score(meta.step)}
         self.reporter.save(metrics, source, destination, lambda staged: checkpoint.publish(staged, destination, meta, self.rank))
-        self._saved_at_s = trainer.schedule.elapsed_s
         if self.rank == 0:
             universal.forget(self.run_directory)
+        self._step_began = time.monotonic()  # the time of a save is not the next step's
+        self._saved_at_s = self.elapsed_before_s + self._step_began - self._began
+        self._save_cost_s = self._step_began - self._save_began
 
     @property
     def _bound(self) -> Paced:
@@ -166,5 +179,22 @@ class Pace(TrainerCallback):
 
     def _is_due(self, step: int) -> bool:
         by_step = self.config.checkpoint_every_steps is not None and step % self.config.checkpoint_every_steps == 0
-        waited = self._bound.schedule.elapsed_s - self._saved_at_s
-        return by_step or (self.config.checkpoint_every_seconds is not None and waited >= self.config.checkpoint_every_seconds)
+        every = self.config.checkpoint_every_seconds
+        if every is None:
+            return by_step
+        interval = self._stretched(every)
+        return by_step or self._bound.schedule.elapsed_s - self._saved_at_s >= interval
+
+    def _stretched(self, every: float) -> float:
+        """Seconds between the end of a save and the next one."""
+        interval = max(every, _WORK_PER_SAVE * self._save_cost_s)
+        if interval > every and not self._is_stretched and self.rank == 0:
+            self._is_stretched = True
+            _log.warning(
+                "saving took %.0f s: the next save comes %.0f s after it instead of train.checkpoint_every_seconds=%g, so that saves take "
+                "a tenth of the time at most",
+                self._save_cost_s,
+                interval,
+                every,
+            )
+        return interval

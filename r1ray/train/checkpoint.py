@@ -4,8 +4,9 @@
       meta-rank0.json        step, world size, ZeRO stage, run, seconds trained; name -> [bytes, crc32] of rank 0's files
       meta-rank1.json        the same of rank 1's
       ...                    what TRL and DeepSpeed wrote
+    .saving/rank1/           what a rank has not published yet
 
-A checkpoint of which a list is missing was never finished. Knows no trainer and no Ray.
+A checkpoint of which a list is missing was never finished. Knows no trainer and, but for the name of its list, no Ray.
 """
 
 from __future__ import annotations
@@ -16,18 +17,37 @@ import json
 import logging
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from r1ray.errors import CheckpointCorrupt, DiskFull
 from r1ray.train.standing import Standing
 
-__all__ = ["Meta", "best_good", "directory_name", "disk_full", "found", "last_good", "publish", "read"]
+__all__ = [
+    "Meta",
+    "Unfinished",
+    "best_good",
+    "directory_name",
+    "disk_full",
+    "found",
+    "last_good",
+    "out_of_room",
+    "publish",
+    "read",
+    "staging",
+    "sweep",
+]
 
 _PREFIX = "checkpoint_"
+_SAVING = ".saving"
+_RAYS_LIST = "checkpoint_manager_snapshot.json"
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _log = logging.getLogger(__name__)
+
+
+class Unfinished(CheckpointCorrupt):
+    """A rank's list is missing: the save was cut off."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,23 +90,25 @@ def publish(source: Path, destination: Path, meta: Meta, rank: int) -> None:
         raise
 
 
-def read(directory: Path) -> Meta:
-    """Check every file of a checkpoint.
+def read(directory: Path, *, part: int = 0, of: int = 1) -> Meta:
+    """Check all lists of a checkpoint and every file on them; of several readers each takes one part of the files, equal in bytes.
 
     Raises:
-        CheckpointCorrupt: a list is missing, or a file is missing, cut off or altered.
+        Unfinished: a list is missing.
+        CheckpointCorrupt: a list cannot be read, or a file is missing, cut off or altered.
     """
-    meta, files = _list(directory, 0)
-    for rank in range(1, meta.world_size):
-        files.update(_list(directory, rank)[1])
-    for name, (size, crc32) in files.items():
-        path = directory / name
-        if not path.is_file():
-            raise CheckpointCorrupt(f"{directory} lacks {name}.")
-        if path.stat().st_size != size:
-            raise CheckpointCorrupt(f"{path} has {path.stat().st_size} bytes instead of {size}.")
-        if _crc32(path) != crc32:
-            raise CheckpointCorrupt(f"{path} was altered after it was written.")
+    meta, files = _lists(directory)
+    for name in _share(files, part, of):
+        path, (size, crc32) = directory / name, files[name]
+        try:
+            if path.stat().st_size != size:
+                raise CheckpointCorrupt(f"{path} has {path.stat().st_size} bytes instead of {size}.")
+            if _crc32(path) != crc32:
+                raise CheckpointCorrupt(f"{path} was altered after it was written.")
+        except FileNotFoundError as error:
+            raise CheckpointCorrupt(f"{directory} lacks {name}.") from error
+        except OSError as error:
+            raise CheckpointCorrupt(f"{path} cannot be read: {error}.") from error
     return meta
 
 
@@ -95,27 +117,36 @@ def found(run_directory: Path) -> list[Path]:
     return sorted((path for path in run_directory.glob(f"{_PREFIX}[0-9]*") if path.is_dir()), reverse=True)
 
 
-def last_good(run_directory: Path) -> tuple[Path, Meta] | None:
+def last_good(
+    run_directory: Path,
+    *,
+    among: Sequence[Path] | None = None,
+    check: Callable[[Path], Meta] = read,
+    warn: Callable[[str], object] = _log.warning,
+) -> tuple[Path, Meta] | None:
     """The newest checkpoint that can be read; older ones are tried with a warning. None when the run has none yet.
+
+    Args:
+        among: Directories to try, newest first; by default all of the run.
+        check: What `read` does, perhaps shared by several ranks.
 
     Raises:
         CheckpointCorrupt: there are finished checkpoints and none can be read.
     """
-    problems: list[str] = []
-    num_finished = 0
-    for directory in found(run_directory):
-        num_finished += (directory / "meta-rank0.json").exists()
+    problems: list[CheckpointCorrupt] = []
+    for directory in found(run_directory) if among is None else among:
         try:
-            good = directory, read(directory)
+            good = directory, check(directory)
         except CheckpointCorrupt as error:
-            problems.append(str(error))
+            problems.append(error)
             continue
         for problem in problems:
-            _log.warning("checkpoint skipped: %s Resuming from %s, step %d.", problem, directory.name, good[1].step)
+            warn(f"checkpoint skipped: {problem} Resuming from {directory.name}, step {good[1].step}.")
         return good
-    if num_finished:
+    finished = [problem for problem in problems if not isinstance(problem, Unfinished)]
+    if finished:
         raise CheckpointCorrupt(
-            f"None of the {num_finished} checkpoints in {run_directory} can be read: {problems[0]} There is no good one to go back "
+            f"None of the {len(finished)} checkpoints in {run_directory} can be read: {finished[0]} There is no good one to go back "
             "to; restore the directory from a backup, or start over with train.restart=true."
         )
     return None
@@ -132,6 +163,35 @@ def best_good(run_directory: Path) -> tuple[Path, Meta] | None:
                 return directory, read(directory)
     _log.warning("the checkpoint of step %d, the best one, cannot be read: taking step %d", last[1].standing.best_step, last[1].step)
     return last
+
+
+def staging(run_directory: Path, rank: int) -> Path:
+    """Where a rank saves before it publishes: on the checkpoints' file system, so that publishing is a rename."""
+    return run_directory / _SAVING / f"rank{rank}"
+
+
+def sweep(run_directory: Path) -> list[Path]:
+    """Remove what attempts that were killed left half-saved; gives the checkpoints that are finished, newest first.
+
+    Only for whoever holds the run, before its ranks begin. A checkpoint that Ray Train has heard of was finished once, whatever has
+    become of it since, and Ray Train would not start again without it: it stays.
+    """
+    shutil.rmtree(run_directory / _SAVING, ignore_errors=True)
+    rays = run_directory / _RAYS_LIST
+    heard_of = rays.read_text(encoding="utf-8") if rays.exists() else ""
+    kept = []
+    for directory in found(run_directory):
+        try:
+            _lists(directory)
+        except Unfinished as error:
+            if directory.name not in heard_of:
+                _log.warning("%s It is removed.", error)
+                shutil.rmtree(directory, ignore_errors=True)
+                continue
+        except CheckpointCorrupt:
+            pass  # whoever reads it says so
+        kept.append(directory)
+    return kept
 
 
 def disk_full(path: Path, cause: object) -> DiskFull:
@@ -162,6 +222,25 @@ def _is_full(directory: Path) -> bool:
     return shutil.disk_usage(directory).free < 64 * 2**20
 
 
+def _lists(directory: Path) -> tuple[Meta, dict[str, list[int]]]:
+    """Of all ranks together: name -> [bytes, crc32]."""
+    meta, files = _list(directory, 0)
+    for rank in range(1, meta.world_size):
+        files.update(_list(directory, rank)[1])
+    return meta, files
+
+
+def _share(files: Mapping[str, list[int]], part: int, of: int) -> list[str]:
+    """Names for one of several readers: the largest first, each to whoever has the fewest bytes so far."""
+    shares: list[list[str]] = [[] for _ in range(of)]
+    burdens = [0] * of
+    for name in sorted(files, key=lambda name: (-files[name][0], name)):
+        reader = burdens.index(min(burdens))
+        shares[reader].append(name)
+        burdens[reader] += files[name][0]
+    return shares[part]
+
+
 def _list(directory: Path, rank: int) -> tuple[Meta, dict[str, list[int]]]:
     path = directory / f"meta-rank{rank}.json"
     try:
@@ -169,7 +248,7 @@ def _list(directory: Path, rank: int) -> tuple[Meta, dict[str, list[int]]]:
         files = dict(content.pop("files"))
         return Meta(**{**content, "standing": Standing(**content.get("standing", {}))}), files
     except FileNotFoundError as error:
-        raise CheckpointCorrupt(f"{directory} was not finished: rank {rank} never wrote its list.") from error
+        raise Unfinished(f"{directory} was not finished: rank {rank} never wrote its list.") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointCorrupt(f"{path} cannot be read: {error}.") from error
 

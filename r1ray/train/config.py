@@ -77,7 +77,7 @@ class TrainConfig(Config):
     use_gpu: bool = Field(default=False, description="One GPU per worker.")
     cpus_per_worker: float = Field(default=1, gt=0, description="Logical CPUs that Ray reserves for a worker.")
     threads_per_worker: int | None = Field(
-        default=None, ge=1, description="Compute threads of a worker; null: the node's cores / num_workers."
+        default=None, ge=1, description="Compute threads of a worker; null: the cores of its node over the workers there."
     )
 
     objective: Literal["sft", "dpo", "reward", "grpo", "distill"] = Field(
@@ -161,9 +161,16 @@ class TrainConfig(Config):
     checkpoint_every_steps: int | None = Field(
         default=None, ge=1, description="Save each so many steps; null: only by time and at the end."
     )
-    checkpoint_every_seconds: float | None = Field(default=120, gt=0, description="Save when this much time has passed; null: off.")
+    checkpoint_every_seconds: float | None = Field(
+        default=120, gt=0, description="Save when this much time has passed since the last save, more where saves are slow; null: off."
+    )
     num_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints that are kept; with eval_share, the best and the newest.")
     max_failures: int = Field(default=2, ge=0, description="Worker losses after which the job gives up.")
+    collective_timeout_s: int = Field(
+        default=1800,
+        ge=10,
+        description="An exchange between workers fails when one of them is so many seconds late; more for models on slow disks.",
+    )
     restart: bool = Field(default=False, description="Forget an earlier run of the same job instead of resuming it.")
 
     @model_validator(mode="after")

@@ -31,10 +31,11 @@ from ray.train.v2._internal.execution.scaling_policy import (
 from ray.train.v2._internal.util import TrainingFramework
 from ray.train.v2.api.config import ScalingConfig
 
+from r1ray import cluster
 from r1ray.train import checkpoint
-from r1ray.train.failures import ran_out_of_memory, worker_causes
+from r1ray.train.failures import ran_out_of_memory, worker_causes, would_repeat
 
-__all__ = ["AskNobody", "FollowCluster", "NotWithoutMemory", "ProcessGroupConfig"]
+__all__ = ["AskNobody", "FollowCluster", "NotInVain", "ProcessGroupConfig", "num_threads"]
 
 _SHUTDOWN_TIMEOUT_S = 30
 _log = logging.getLogger(__name__)
@@ -42,10 +43,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ProcessGroupConfig(BackendConfig):
-    """`backend` is torch.distributed's: gloo or nccl. A collective that lasts longer than `timeout_s` fails."""
+    """`backend` is torch.distributed's: gloo or nccl. A collective that lasts longer than `timeout_s` fails.
+
+    `threads` are those of each worker; None: the workers of a node share its cores.
+    """
 
     backend: str
     timeout_s: int = 1800
+    threads: int | None = None
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -63,7 +68,7 @@ class ProcessGroupConfig(BackendConfig):
         return TrainingFramework.TORCH
 
     def to_dict(self) -> dict[str, Any]:
-        return {"backend": self.backend, "timeout_s": self.timeout_s}
+        return {"backend": self.backend, "timeout_s": self.timeout_s, "threads": self.threads}
 
 
 class ProcessGroup(Backend):
@@ -92,11 +97,12 @@ class AskNobody(FixedScalingPolicy):
         """There is no coordinator to repeat it to."""
 
 
-class NotWithoutMemory(DefaultFailurePolicy):
-    """Ray's own, except that workers without enough memory are not started again as they were."""
+class NotInVain(DefaultFailurePolicy):
+    """Ray's own, except that workers are not started again as they were without enough memory, or into a user's mistake."""
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
-        if any(ran_out_of_memory(cause) for cause in worker_causes(training_failed_error).values()):
+        causes = worker_causes(training_failed_error).values()
+        if any(ran_out_of_memory(cause) or would_repeat(cause) for cause in causes):
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
 
@@ -167,10 +173,12 @@ def _saved_since(run_directory: Path, since: float, num_workers: int) -> bool:
 def _join(address: str, port: int, config: ProcessGroupConfig) -> None:
     """What `torchrun` would put into the environment, then the group."""
     import ray.train
-    import ray.train.torch
-    import torch.distributed
 
     context = ray.train.get_context()
+    _share_cores(config, context.get_local_world_size(), is_first=context.get_world_rank() == 0)
+    import ray.train.torch  # after the number of threads: torch and what it stands on read it when they are loaded
+    import torch.distributed
+
     os.environ |= {
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
@@ -182,6 +190,18 @@ def _join(address: str, port: int, config: ProcessGroupConfig) -> None:
         "ACCELERATE_TORCH_DEVICE": str(ray.train.torch.get_device()),
     }
     torch.distributed.init_process_group(config.backend, init_method="env://", timeout=timedelta(seconds=config.timeout_s))
+
+
+def num_threads(wanted: int | None, num_workers: int) -> int:
+    """Of each of `num_workers` on this node, so that all of them together use every core once."""
+    return wanted or max(1, len(os.sched_getaffinity(0)) // num_workers)
+
+
+def _share_cores(config: ProcessGroupConfig, num_workers: int, *, is_first: bool) -> None:
+    threads = num_threads(config.threads, num_workers)
+    os.environ.update(cluster.worker_environment(threads=threads, use_gpu=config.backend == "nccl"))
+    if is_first and config.threads is None:
+        _log.warning("%d threads per worker: its node's cores shared by %d workers", threads, num_workers)
 
 
 def _leave() -> None:

@@ -23,11 +23,12 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from r1ray import cluster
 from r1ray.errors import OutOfMemory, R1RayError
+from r1ray.train import shared
 from r1ray.train.backoff import halved
 from r1ray.train.config import TrainConfig
-from r1ray.train.controller import AskNobody, FollowCluster, NotWithoutMemory, ProcessGroupConfig
+from r1ray.train.controller import AskNobody, FollowCluster, NotInVain, ProcessGroupConfig
 from r1ray.train.failures import unwrap
-from r1ray.train.order import WorkOrder, num_threads, worker_bundles
+from r1ray.train.order import WorkOrder, worker_bundles
 from r1ray.train.standing import KEPT
 from r1ray.train.worker import work
 
@@ -48,6 +49,7 @@ def fit(
         say: Is told of a choice, with its reason.
 
     Raises:
+        HomeNotShared: a worker's node has another directory at the path of the run's.
         OutOfMemory: even one dialogue per pass is too many.
         TrainingError: a worker failed more often than `max_failures`, or any other R1RayError that all workers agreed on.
     """
@@ -61,12 +63,25 @@ def fit(
 
 
 def _fit(order: WorkOrder, callbacks: Sequence[Any], outlived: bool) -> dict[str, Any]:
-    config = order.config
     found = cluster.connect(order.settings)
+    try:
+        with shared.offered(order.run_directory) as token, _controller_environment(order.config, found):
+            outcome: dict[str, Any] = _trainer(order, token, callbacks, outlived).fit().return_value
+    except TrainingFailedError as error:
+        raise unwrap(error, order.run_directory) from error
+    if isinstance(outcome.get("error"), R1RayError):
+        raise outcome["error"]
+    return outcome
+
+
+def _trainer(order: WorkOrder, token: str, callbacks: Sequence[Any], outlived: bool) -> LeanTrainer:
+    config = order.config
     trainer = LeanTrainer(
         work,
-        train_loop_config={"order": order},
-        torch_config=ProcessGroupConfig(backend="nccl" if config.use_gpu else "gloo"),
+        train_loop_config={"order": order, "token": token},
+        torch_config=ProcessGroupConfig(
+            backend="nccl" if config.use_gpu else "gloo", timeout_s=config.collective_timeout_s, threads=config.threads_per_worker
+        ),
         scaling_config=ScalingConfig(
             num_workers=(config.min_workers, config.max_workers) if config.is_elastic else config.max_workers,
             use_gpu=config.use_gpu,
@@ -84,19 +99,13 @@ def _fit(order: WorkOrder, callbacks: Sequence[Any], outlived: bool) -> dict[str
         ),
     )
     trainer.order, trainer.outlived = order, outlived
-    try:
-        with _controller_environment(config, found):
-            outcome: dict[str, Any] = trainer.fit().return_value
-    except TrainingFailedError as error:
-        raise unwrap(error, order.run_directory) from error
-    if isinstance(outcome.get("error"), R1RayError):
-        raise outcome["error"]
-    return outcome
+    return trainer
 
 
 def _environment(order: WorkOrder) -> dict[str, str]:
-    threads, use_gpu = num_threads(order.config), order.config.use_gpu
-    return {**cluster.worker_environment(threads=threads, use_gpu=use_gpu), "PYTHONWARNINGS": "ignore"}
+    """Of every worker alike; how many threads share a node's cores is known on that node, when its workers join their group."""
+    config = order.config
+    return {**cluster.worker_environment(threads=config.threads_per_worker or 1, use_gpu=config.use_gpu), "PYTHONWARNINGS": "ignore"}
 
 
 def _kept(config: TrainConfig) -> CheckpointConfig:
@@ -146,7 +155,7 @@ class LeanTrainer(TorchTrainer):
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, idle)]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Result:
-        policies = {"scaling_policy": self._scaling_policy(), "failure_policy": NotWithoutMemory(self.run_config.failure_config)}
+        policies = {"scaling_policy": self._scaling_policy(), "failure_policy": NotInVain(self.run_config.failure_config)}
         return super()._initialize_and_run_controller(**{**parts, **policies})
 
     def _scaling_policy(self) -> ScalingPolicy:

@@ -40,6 +40,8 @@ def finetune(config: FinetuneConfig, settings: Settings | None = None) -> Artifa
     Raises:
         ClusterTooSmall: the workers can never be placed; within a second.
         NothingToTrain, TooManyBadRows: the data cannot be learned from.
+        RunInUse: another job trains this run.
+        HomeNotShared: nodes have directories of their own at the path of R1RAY_HOME.
         TrainingError: a worker failed more often than `train.max_failures`, the loss diverged, the disk is full.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -51,14 +53,14 @@ def finetune(config: FinetuneConfig, settings: Settings | None = None) -> Artifa
     rows = objective.read(config)
     run = runs.run_name(config, base, rows.data_hash)
     directory = settings.checkpoints / run
-    if config.train.restart:
-        runs.forget(directory)
-    if (done := _finished(directory, registry)) is not None:
-        _say(f"{run} is finished: {done.ref} (train.restart=true trains it again)")
-        return done
-    material = objective.prepare(rows, base, config, settings)
-    directory.mkdir(parents=True, exist_ok=True)
-    return _train(config, resolve_order(config.train, base, material, directory, settings, _say), rows.data_hash, registry)
+    with runs.held(directory):
+        if config.train.restart:
+            runs.forget(directory)
+        if (done := _finished(directory, registry)) is not None:
+            _say(f"{run} is finished: {done.ref} (train.restart=true trains it again)")
+            return done
+        material = objective.prepare(rows, base, config, settings)
+        return _train(config, resolve_order(config.train, base, material, directory, settings, _say), rows.data_hash, registry)
 
 
 def show(config: FinetuneConfig, settings: Settings | None = None) -> str:

@@ -5,7 +5,6 @@ For a fine-tuning job and for each trial of a sweep alike. Runs in the driver, w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from r1ray.train.config import TrainConfig
 from r1ray.train.parallel.layout import layout_of
 from r1ray.types import Artifact
 
-__all__ = ["Material", "WorkOrder", "num_threads", "plan_for", "plan_of", "resolve_order", "worker_bundles"]
+__all__ = ["Material", "WorkOrder", "plan_for", "plan_of", "resolve_order", "worker_bundles"]
 
 
 class Material(Protocol):
@@ -105,7 +104,7 @@ def resolve_order(
     say(f"{material.told}, {plan.padding_share(layout.data, accumulation):.1%} padding" if is_padded else material.told)
     budget = f", at most {config.max_seconds:.0f} s" if config.max_seconds else ""
     say(f"{num_steps} steps of {config.batch_size} dialogues ({_workers(config)} x {accumulation} passes){budget}")
-    threads = f"{num_threads(config)} threads per worker"
+    threads = f"{config.threads_per_worker} threads per worker" if config.threads_per_worker else "workers share their node's cores"
     say(f"{config.objective}, {config.method}, ZeRO-{config.zero_stage}, {dtype} because {reason}, {attention} attention, {threads}")
     if config.offload != "none" and not config.use_gpu:
         say(f"train.offload={config.offload} saves nothing without GPUs: all of it is in the node's memory anyway")
@@ -137,11 +136,6 @@ def _parts(config: TrainConfig, material: Material) -> tuple[Material, Material 
 def worker_bundles(config: TrainConfig) -> list[dict[str, float]]:
     """What the workers of one training reserve, the fewest where their number may change."""
     return [{"CPU": config.cpus_per_worker, **({"GPU": 1.0} if config.use_gpu else {})}] * config.min_workers
-
-
-def num_threads(config: TrainConfig) -> int:
-    """Of each worker, so that all of them together use every core once."""
-    return config.threads_per_worker or max(1, (os.cpu_count() or 1) // config.max_workers)
 
 
 def _workers(config: TrainConfig) -> str:

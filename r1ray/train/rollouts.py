@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from r1ray.engine.offline import generate_all
 from r1ray.engine.protocol import Engine, GenerationRequest
 from r1ray.errors import UnsupportedModel
-from r1ray.train.order import WorkOrder, num_threads
+from r1ray.train.order import WorkOrder
 from r1ray.types import Sampling
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ def choose_rollouts(order: WorkOrder) -> tuple[bool, str]:
 
 def engine_for(order: WorkOrder, num_answers: int) -> Engine:
     """The engine over the order's base, in the number type of the training; not yet started."""
+    import torch
+
     from r1ray.engine.config import EngineConfig
     from r1ray.engine.create import create_engine
     from r1ray.registry import Registry
@@ -105,7 +107,7 @@ def engine_for(order: WorkOrder, num_answers: int) -> Engine:
         num_slots=min(_MOST_SLOTS, num_answers),
         max_waiting=num_answers,
         max_context=config.max_length,
-        num_threads=num_threads(config),
+        num_threads=torch.get_num_threads(),  # the worker's, whose training waits meanwhile
     )
     return create_engine(order.base, settings, Registry(order.settings))
 

@@ -1,25 +1,34 @@
 """A run's identity and memory: the same job on the same data and base has the same directory, and resumes.
 
-`run.json` in that directory says which MLflow run belongs to it and, when it is finished, which version came out.
-Knows no training.
+`run.json` in that directory says which MLflow run belongs to it and, when it is finished, which version came out. `.lock` is held by the
+job that trains it. Knows no training.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import logging
+import os
 import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from r1ray.config import config_hash
+from r1ray.errors import RunInUse
 from r1ray.train.config import FinetuneConfig
 from r1ray.types import Artifact
 
-__all__ = ["RunState", "forget", "load", "run_name", "store"]
+__all__ = ["RunState", "forget", "held", "load", "run_name", "store"]
 
 _FILE = "run.json"
+_LOCK = ".lock"
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
 # What changes neither the batches nor the loss: changing it resumes the run.
 _NEUTRAL = {
     "num_workers": 1,
@@ -32,6 +41,7 @@ _NEUTRAL = {
     "checkpoint_every_seconds": None,
     "num_checkpoints": 1,
     "max_failures": 0,
+    "collective_timeout_s": 60,
     "restart": False,
 }
 _log = logging.getLogger(__name__)
@@ -77,8 +87,43 @@ def store(directory: Path, state: RunState, *, version: str | None = None) -> Ru
     return state
 
 
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Hold the run for as long as the block lasts, against every other job that can see its directory; its holder's death frees it.
+
+    Raises:
+        RunInUse: another job holds it; says which.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / _LOCK).open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise RunInUse(
+                f"{directory.name} is being trained by another job: {lock.read() or 'which has not said who it is'}. Follow that one, or "
+                "stop it (ray job stop) and submit this again: it resumes."
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            _log.warning("%s cannot be locked (%s): see to it that no other job trains it", directory, error.strerror)
+        lock.truncate(0)
+        lock.write(_whoami())
+        lock.flush()
+        yield
+
+
 def forget(directory: Path) -> None:
-    """Remove a run with its checkpoints; registered versions stay."""
-    if directory.exists():
+    """Remove a run with its checkpoints, by whoever holds it; registered versions stay."""
+    before = [path for path in directory.iterdir() if path.name != _LOCK]
+    if before:
         _log.warning("train.restart: removing the earlier run %s", directory)
-        shutil.rmtree(directory)
+    for path in before:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _whoami() -> str:
+    """`host gpu-3, pid 4711, Ray job raysubmit_x`; the last for submitted jobs only."""
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("metadata", {}).get("job_submission_id")
+    return f"host {socket.gethostname()}, pid {os.getpid()}" + (f", Ray job {submitted}" if submitted else "")

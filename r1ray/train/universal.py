@@ -5,26 +5,35 @@
       global_step40/zero/NAME/{fp32,exp_avg,exp_avg_sq}.pt
       latest_universal, trainer_state.json, scheduler.pt
 
-Converted once, by one rank, and renamed into place when it is whole. The ranks' random states stay behind: they belong to ranks.
-Knows no trainer and no Ray.
+Converted once, by one rank (a large one in several processes), and renamed into place when it is whole. The ranks' random states stay
+behind: they belong to ranks. Knows no trainer and no Ray.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import logging
+import multiprocessing
+import os
 import shutil
 from argparse import Namespace
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from r1ray.errors import CheckpointCorrupt
 from r1ray.train import checkpoint
 
-__all__ = ["converted", "forget", "separate_steps"]
+__all__ = ["converted", "forget", "num_processes", "separate_steps"]
 
 _PLACE = ".universal"
 _KEPT = ("trainer_state.json", "scheduler.pt")
+_SMALL_BYTES = 1 << 30
+"""Converted sooner than a process that can do it has started."""
+_log = logging.getLogger(__name__)
 
 
 def converted(source: Path) -> Path:
@@ -41,7 +50,7 @@ def converted(source: Path) -> Path:
     shutil.rmtree(place, ignore_errors=True)
     staged.mkdir(parents=True)
     try:
-        _convert(source, staged)
+        _convert_aside(source, staged, num_processes(source))
         for name in _KEPT:
             shutil.copyfile(source / name, staged / name)
     except Exception as error:
@@ -70,7 +79,26 @@ def separate_steps(engine: Any) -> None:
             state["step"] = state["step"].clone()
 
 
-def _convert(source: Path, staged: Path) -> None:
+def num_processes(source: Path, *, num_cores: int | None = None, free_bytes: int | None = None) -> int:
+    """That convert `source` together: one if it is small, else one per core, but no more than shards that the memory holds twice."""
+    shards = [path.stat().st_size for path in source.rglob("*_optim_states.pt")]
+    if sum(shards) < _SMALL_BYTES:
+        return 1
+    cores = num_cores or len(os.sched_getaffinity(0))
+    free = psutil.virtual_memory().available if free_bytes is None else free_bytes
+    return max(1, min(cores, len(shards), free // (2 * max(shards))))
+
+
+def _convert_aside(source: Path, staged: Path, num_workers: int) -> None:
+    """Several processes are forked from one that has no thread yet, which a worker is not."""
+    if num_workers == 1:
+        return _convert(source, staged, 1)
+    _log.warning("converting it in %d processes", num_workers)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as aside:
+        return aside.submit(_convert, source, staged, num_workers).result()
+
+
+def _convert(source: Path, staged: Path, num_workers: int) -> None:
     """DeepSpeed's own tool, in this process; it prints, draws bars and reads paths as patterns, so they are made relative and plain."""
     from deepspeed.checkpoint import ds_to_universal
 
@@ -81,8 +109,8 @@ def _convert(source: Path, staged: Path) -> None:
             Namespace(
                 input_folder=str(Path(source.name) / tag),
                 output_folder=str(staged.relative_to(source.parent) / tag),
-                num_extract_workers=1,
-                num_merge_workers=1,
+                num_extract_workers=num_workers,
+                num_merge_workers=num_workers,
                 keep_temp_folder=False,
                 strict=True,
                 inject_missing_state=True,

@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r1ray.errors import CheckpointCorrupt, OutOfMemory, R1RayError, TrainingError
-from r1ray.train import checkpoint, universal
+from r1ray.errors import OutOfMemory, R1RayError, TrainingError
+from r1ray.train import checkpoint, shared
 from r1ray.train.backoff import rows_per_pass
 from r1ray.train.batches import accumulation_steps
 from r1ray.train.failures import ran_out_of_memory
@@ -21,7 +22,9 @@ from r1ray.train.objective import objective_of
 from r1ray.train.objective.base import Bench
 from r1ray.train.order import WorkOrder
 from r1ray.train.parallel.layout import layout_of
+from r1ray.train.peers import Peers
 from r1ray.train.reporter import RayReporter, Reporter
+from r1ray.train.resume import agreed_start
 from r1ray.train.schedule import Schedule
 from r1ray.train.standing import Standing
 
@@ -34,29 +37,41 @@ _log = logging.getLogger(__name__)
 
 
 def work(loop_config: dict[str, Any]) -> dict[str, Any]:
-    """Ray Train's entry: `{"order": WorkOrder}` -> summary.
+    """Ray Train's entry: `{"order": WorkOrder, "token": what the driver has laid into the run's directory}` -> summary.
 
     An error that all ranks saw is returned under `error` instead of raised: Ray would start the workers again only to see it again.
     """
+    import ray.train
+
     _quieten()
     order: WorkOrder = loop_config["order"]
+    context = ray.train.get_context()
+    peers = Peers.of_group(context.get_world_rank(), context.get_world_size())
     try:
-        import ray.train
-
-        context = ray.train.get_context()
-        return Attempt(order, rank=context.get_world_rank(), world=context.get_world_size(), reporter=RayReporter()).run()
+        shared.check(order.run_directory, loop_config["token"], peers)
+        return Attempt(order, rank=peers.rank, world=peers.world, reporter=RayReporter(), peers=peers).run()
     except R1RayError as error:
-        if getattr(error, "agreed", False) or not isinstance(error, TrainingError):  # a user's mistake is the same on every rank
-            return {"error": error}
-        raise
+        return _told(error, peers)
+
+
+def _told(error: R1RayError, peers: Peers) -> dict[str, Any]:
+    """What all ranks saw as their result; what this one alone saw is raised, and Ray Train ends the others, who wait for it."""
+    if getattr(error, "agreed", False):
+        return {"error": error}
+    if isinstance(error, TrainingError):
+        raise error
+    if peers.fail_alike(error):  # a user's mistake
+        return {"error": error}
+    raise type(error)(f"{error} Only worker {peers.rank} on {socket.gethostname()} says so.") from error
 
 
 class Attempt:
     """One rank's part of a training, from the last checkpoint to the end; needs a process group, not Ray."""
 
-    def __init__(self, order: WorkOrder, *, rank: int, world: int, reporter: Reporter) -> None:
+    def __init__(self, order: WorkOrder, *, rank: int, world: int, reporter: Reporter, peers: Peers | None = None) -> None:
         self.order, self.config = order, order.config
         self.rank, self.world, self.reporter = rank, world, reporter
+        self.peers = peers or Peers.of_group(rank, world)
         self.layout = layout_of(self.config, world)
         self.accumulation = accumulation_steps(self.config.rows_per_batch, self.layout.data, self.config.micro_batch_size)
 
@@ -65,10 +80,9 @@ class Attempt:
 
         from r1ray.cluster import disable_deepspeed_shm
 
-        if not self.config.use_gpu:
-            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         disable_deepspeed_shm()
-        start = self._agreed_checkpoint()
+        start = agreed_start(self.order, self.layout, self.peers)
         if start is not None and start[1].standing.is_over(self.config.early_stopping_patience):
             return {"step": start[1].step, "elapsed_s": start[1].elapsed_s}
         trainer = self._trainer(start[1] if start else None)
@@ -99,46 +113,7 @@ class Attempt:
 
     @property
     def _staging(self) -> Path:
-        """On the checkpoints' file system, so that publishing is a rename."""
-        return self.order.run_directory / ".saving" / f"rank{self.rank}"
-
-    def _agreed_checkpoint(self) -> tuple[Path, checkpoint.Meta] | None:
-        """Rank 0 looks, all follow: two ranks that judged for themselves could start from different steps."""
-        import torch.distributed as dist
-
-        verdict: list[Any] = [None]
-        if self.rank == 0:
-            try:
-                verdict = [self._start()]
-            except TrainingError as error:
-                verdict = [error]
-        if dist.is_initialized():
-            dist.broadcast_object_list(verdict, src=0)
-        if isinstance(verdict[0], R1RayError):
-            verdict[0].agreed = True  # type: ignore[attr-defined]
-            raise verdict[0]
-        if verdict[0] is not None and self.rank == 0:
-            _log.warning("resuming %s from step %d", self.order.run, verdict[0][1].step)
-        return verdict[0]
-
-    def _start(self) -> tuple[Path, checkpoint.Meta] | None:
-        """The last good checkpoint, in a form that this number of workers can load."""
-        found = checkpoint.last_good(self.order.run_directory)
-        if found is None:
-            return None
-        directory, meta = found
-        _check_stage(directory, meta, self.config.zero_stage)
-        if meta.world_size == self.world:
-            return found
-        if self.layout.split > 1:
-            raise CheckpointCorrupt(
-                f"{directory} was written by {meta.world_size} workers, and this job has {self.world}; where workers share a model "
-                f"(train.parallelism) their number cannot change. Set train.num_workers={meta.world_size}, or train.restart=true."
-            )
-        if meta.zero_stage == 0:  # splits nothing over the workers
-            return found
-        _log.warning("%s was written by %d workers: converting it for %d", directory.name, meta.world_size, self.world)
-        return universal.converted(directory), meta
+        return checkpoint.staging(self.order.run_directory, self.rank)
 
     def _reseed(self, step: int) -> None:
         """Random states are one per rank of the old number; dropout goes on from the seed and the step instead."""
@@ -181,15 +156,6 @@ class Attempt:
         trainer.layout = self.layout
         pace.trainer = trainer
         return trainer
-
-
-def _check_stage(directory: Path, meta: checkpoint.Meta, zero_stage: int) -> None:
-    """Each stage lays its states out in its own way."""
-    if meta.zero_stage != zero_stage:
-        raise CheckpointCorrupt(
-            f"{directory} was written at ZeRO stage {meta.zero_stage}; this job has stage {zero_stage}. Set "
-            f"train.zero_stage={meta.zero_stage} to resume, or train.restart=true to start over."
-        )
 
 
 def _peak_mb() -> float:

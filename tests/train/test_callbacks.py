@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from r1ray.errors import TrainingError
 from r1ray.train.callbacks import Pace
 from r1ray.train.config import TrainConfig
+from r1ray.train.progress import curve
 from r1ray.train.schedule import Schedule
 from r1ray.train.trainer import Tally
 
@@ -21,6 +23,8 @@ class FakeTrainer:
         self.learning_rate = 0.5
         self.model_wrapped = object()
         self.marks = dict
+        self.num_trained_tensors = 0
+        self.held_norms = dict
 
 
 class Silent:
@@ -75,3 +79,38 @@ def test_a_node_that_will_go_is_saved_for_once(tmp_path) -> None:
         watching.on_step_end(ARGUMENTS, SimpleNamespace(global_step=step), control)
         saved.append(control.should_save)
     assert saved == [False, True, False, False]
+
+
+class Slow(Silent):
+    """A disk on which a save takes 0.2 s."""
+
+    def save(self, _metrics, source, _destination, publish) -> None:
+        time.sleep(0.2)
+        publish(source)
+
+
+def saves(watching: Pace, tmp_path, num_steps: int, first: int = 1) -> list[bool]:
+    """Whether each of the steps was saved, done as transformers does them."""
+    arguments, found = SimpleNamespace(device="cpu", output_dir=str(tmp_path / "staged")), []
+    for step in range(first, first + num_steps):
+        control = SimpleNamespace(should_training_stop=False, should_save=False)
+        watching.on_pre_optimizer_step(arguments, SimpleNamespace(global_step=step - 1))
+        watching.on_step_end(arguments, SimpleNamespace(global_step=step), control)
+        if control.should_save:
+            (tmp_path / "staged" / f"checkpoint-{step}").mkdir(parents=True)
+            watching.on_save(arguments, SimpleNamespace(global_step=step))
+        found.append(control.should_save)
+    return found
+
+
+def test_a_save_that_takes_longer_than_the_interval_is_not_due_again_at_once(tmp_path, caplog) -> None:
+    watching = pace(tmp_path, FakeTrainer(20.0), checkpoint_every_seconds=0.1)
+    watching.reporter = Slow()
+    watching._began -= 0.1
+    assert saves(watching, tmp_path, 5) == [True, False, False, False, False]
+    watching._began -= 1.0
+    assert saves(watching, tmp_path, 3, first=6) == [False] * 3, "saving takes a tenth of the time at most"
+    watching._began -= 1.0
+    assert saves(watching, tmp_path, 3, first=9) == [True, False, False]
+    assert caplog.text.count("the next save comes") == 1, "it is said once"
+    assert watching.curve is not None and all(step.seconds < 0.2 for step in curve(tmp_path)), "a save is no part of the next step"

@@ -91,3 +91,38 @@ def test_torchs_failed_write_counts_as_a_full_disk_only_when_the_disk_is_full(tm
     error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
     assert checkpoint.out_of_room(OSError(28, "No space left on device"), tmp_path)
     assert not checkpoint.out_of_room(error, tmp_path)
+
+
+def test_readers_that_share_a_checkpoint_find_every_damage_once(tmp_path) -> None:
+    directory = save(tmp_path, 10, world=5)
+    for damaged in sorted(directory.rglob("*.pt")):
+        whole = damaged.read_bytes()
+        damaged.write_bytes(b"\7" * len(whole))
+        for num_readers in (2, 3, 8):
+            found = [problem_of(directory, part, num_readers) for part in range(num_readers)]
+            assert sum(damaged.name in problem for problem in found if problem) == 1
+        damaged.write_bytes(whole)
+    assert [problem_of(directory, part, 2) for part in range(2)] == [None, None]
+
+
+def problem_of(directory: Path, part: int, of: int) -> str | None:
+    try:
+        checkpoint.read(directory, part=part, of=of)
+    except CheckpointCorrupt as error:
+        return str(error)
+    return None
+
+
+def test_sweeping_removes_what_was_never_finished_and_nothing_else(tmp_path, caplog) -> None:
+    whole, altered, cut, listless, known = (save(tmp_path, step) for step in (10, 20, 30, 40, 50))
+    (altered / "global_step" / "shard1.pt").write_bytes(b"")
+    (cut / "meta-rank1.json").unlink()
+    (listless / "meta-rank0.json").unlink()
+    (known / "meta-rank1.json").unlink()
+    (tmp_path / "checkpoint_manager_snapshot.json").write_text(f'{{"checkpoint_dir_name": "{known.name}"}}')
+    checkpoint.staging(tmp_path, 5).mkdir(parents=True)
+    (tmp_path / "run.json").touch()
+    assert checkpoint.sweep(tmp_path) == [known, altered, whole]
+    assert checkpoint.found(tmp_path) == [known, altered, whole], "Ray Train would not start without what it has listed"
+    assert not checkpoint.staging(tmp_path, 5).exists() and (tmp_path / "run.json").exists()
+    assert cut.name in caplog.text and listless.name in caplog.text

@@ -19,10 +19,13 @@ from ray.train.v2._internal.callbacks import BackendSetupCallback, DatasetsCallb
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.context import TrainContext
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, ResizeDecision
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import WorkerGroupError
 
-from r1ray.train.controller import AskNobody, FollowCluster, NotWithoutMemory, ProcessGroupConfig, _saved_since
+from r1ray.errors import NothingToTrain, OutOfMemory, RegistryError, VersionNotFound
+from r1ray.train.controller import AskNobody, FollowCluster, NotInVain, ProcessGroupConfig, _saved_since, _share_cores, num_threads
 from r1ray.train.fit import LeanTrainer
 
 
@@ -93,8 +96,47 @@ def test_workers_are_added_only_after_a_checkpoint_that_all_have_finished(tmp_pa
 
 @pytest.mark.parametrize(
     "part",
-    [ProcessGroupConfig(backend="gloo"), AskNobody(ScalingConfig(num_workers=2)), RANGE, NotWithoutMemory(FailureConfig(max_failures=1))],
+    [ProcessGroupConfig(backend="gloo"), AskNobody(ScalingConfig(num_workers=2)), RANGE, NotInVain(FailureConfig(max_failures=1))],
 )
 def test_the_controller_loads_no_torch(part):
     code = f"import pickle, sys; part = pickle.loads({pickle.dumps(part)!r}); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("error", "decision"),
+    [
+        (ConnectionError("reset by peer"), FailureDecision.RETRY),
+        (RegistryError("No MLflow server answers."), FailureDecision.RETRY),
+        (VersionNotFound("assistant@7 is not here."), FailureDecision.RAISE),
+        (NothingToTrain("No row."), FailureDecision.RAISE),
+        (OutOfMemory("Worker 1 ran out of memory."), FailureDecision.RAISE),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_workers_are_not_started_again_into_the_same_mistake(error, decision):
+    policy = NotInVain(FailureConfig(max_failures=1))
+    assert policy.make_decision(WorkerGroupError("1 of 2 failed", {1: error})) == decision
+
+
+def test_workers_share_the_cores_of_the_node_they_are_on(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)))
+    monkeypatch.setattr(os, "environ", {**os.environ, "OMP_NUM_THREADS": "1"})
+    assert (num_threads(None, 8), num_threads(None, 200), num_threads(3, 8)) == (12, 1, 3)
+    _share_cores(ProcessGroupConfig(backend="nccl"), 8, is_first=False)
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["MKL_NUM_THREADS"], os.environ["DS_ACCELERATOR"]) == ("12", "12", "cuda")
+    _share_cores(ProcessGroupConfig(backend="gloo", threads=3), 8, is_first=False)
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def test_a_worker_knows_its_threads_before_it_loads_torch():
+    code = (
+        "import sys, r1ray.train.controller as controller\n"
+        "controller._share_cores(controller.ProcessGroupConfig(backend='gloo', threads=1), 1, is_first=True)\n"
+        "assert 'torch' not in sys.modules\n"
+        "import torch; print(torch.get_num_threads())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "1"

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 
 from r1ray.config import load_config
-from r1ray.errors import DiskFull, TrainingError
+from r1ray.errors import DiskFull, RunInUse, TrainingError
 from r1ray.model.importer import import_model
 from r1ray.train import runs
 from r1ray.train.config import FinetuneConfig
@@ -22,7 +27,8 @@ def base(tiny_llama, registry):
 
 def test_what_does_not_change_the_result_keeps_the_run(base) -> None:
     name = runs.run_name(config(), base, "rows")
-    for same in ("train.num_workers=2", "train.max_failures=9", "train.log_every_steps=1", "train.restart=true", "data.path=moved.csv"):
+    neutral = ("num_workers=2", "max_failures=9", "collective_timeout_s=99", "log_every_steps=1", "restart=true")
+    for same in (*(f"train.{setting}" for setting in neutral), "data.path=moved.csv"):
         assert runs.run_name(config(same), base, "rows") == name
 
 
@@ -68,3 +74,66 @@ def test_the_worker_that_failed_is_named_and_not_the_one_that_noticed(tmp_path) 
         and "worker.py" in str(error)
         and "before the first step" in str(error)
     )
+
+
+def test_what_only_noticed_another_workers_end_is_never_shown_for_its_cause(tmp_path) -> None:
+    echoes = (
+        "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE) ran for 1800042 milliseconds "
+        "before timing out.",
+        "NCCL communicator was aborted on rank 0.",
+        "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error, NCCL version 2.29.7",
+        "Broken pipe",
+    )
+    for echo in echoes:
+        died = Wrapped(RuntimeError("The actor died because its worker process was killed."))
+        assert "Worker 1 " in str(unwrap(Failed({0: Wrapped(RuntimeError(echo)), 1: died}), tmp_path))
+        own = Wrapped(KeyError("labels"))
+        assert "Worker 2 " in str(unwrap(Failed({0: Wrapped(RuntimeError(echo)), 1: died, 2: own}), tmp_path))
+
+
+class DistBackendError(RuntimeError):
+    """By the name of torch's own."""
+
+
+def test_the_reason_that_nccl_puts_last_is_shown_with_what_to_do(tmp_path) -> None:
+    head = "NCCL error in: ProcessGroupNCCL.cpp:94, unhandled system error (run with NCCL_DEBUG=INFO for details)\nLast error:\n"
+    shm = DistBackendError(head + "Error while creating shared memory segment /dev/shm/nccl-x1 (size 9637888), error: No space left (28)")
+    text = str(unwrap(Failed({0: Wrapped(DistBackendError("remote process exited")), 1: Wrapped(shm)}), tmp_path))
+    assert "Worker 1 " in text and "last error: Error while creating shared memory segment /dev/shm/nccl-x1" in text
+    assert "--shm-size" in text
+    unreachable = DistBackendError(head + "socketPollConnect: connect to 10.0.0.3<5000> returned Connection refused")
+    assert "NCCL_SOCKET_IFNAME" in str(unwrap(Failed({0: Wrapped(unreachable)}), tmp_path))
+
+
+def test_a_run_is_held_by_one_job_that_the_others_name(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "raysubmit_1"}}')
+    with runs.held(tmp_path / "run"):
+        who = rf"host {socket.gethostname()}, pid {os.getpid()}, Ray job raysubmit_1\. Follow that one"
+        with pytest.raises(RunInUse, match=who), runs.held(tmp_path / "run"):
+            raise AssertionError("held twice")
+        with runs.held(tmp_path / "another"):
+            pass
+    with runs.held(tmp_path / "run"):
+        assert "raysubmit_1" in (tmp_path / "run" / ".lock").read_text()
+
+
+def test_a_holders_death_frees_the_run(tmp_path) -> None:
+    code = f"import sys, time; from pathlib import Path; from r1ray.train import runs\nwith runs.held(Path({str(tmp_path)!r})):"
+    code += " print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(RunInUse, match=f"pid {holder.pid}"), runs.held(tmp_path):
+            raise AssertionError("held twice")
+        holder.kill()
+    with runs.held(tmp_path):
+        pass
+
+
+def test_a_restart_forgets_all_but_who_holds_the_run(tmp_path) -> None:
+    with runs.held(tmp_path):
+        (tmp_path / "checkpoint_1").mkdir()
+        (tmp_path / "run.json").touch()
+        runs.forget(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        with pytest.raises(RunInUse), runs.held(tmp_path):
+            raise AssertionError("held twice")
