@@ -5,8 +5,9 @@
     saved = mixture.position()           # plain JSON; Mixture.resume(saved) goes on with the very next row
 
 A stage is (first step, weights), so that a curriculum is a mix that changes. The source that lags furthest behind its share is drawn
-next: shares hold in every batch to within a row, not only on average. Each source is walked through in a shuffled order, shuffled anew
-each time it is used up. Knows no text, no file and no tensor.
+next: shares hold in every batch to within a row, not only on average. Whether it gives a short row is what brings both the batch nearer
+to its share of them and the source nearer to its own: so batches are alike, and a source's rows still come equally often where the two
+agree. Each source is walked through in a shuffled order, shuffled anew each time it is used up. Knows no text, no file and no tensor.
 """
 
 from __future__ import annotations
@@ -22,15 +23,31 @@ __all__ = ["Mixture", "ShortSamples", "Stage"]
 
 Stage = tuple[int, Mapping[str, float]]
 Draw = tuple[str, int]
+_MOST_OWED = 3.0
+"""Short rows that later draws make up for: where a source has none, it cannot be all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShortSamples:
-    """Rows of at most `longest` in each source's `lengths` are `share` of every batch (seed 000: 0.4)."""
+    """`share` of every batch are short rows (seed 000: 0.4): the `share` shortest of each source, by its `lengths`, so that all rows come
+    equally often; or those of at most `longest`, however many these are.
+    """
 
     lengths: Mapping[str, Sequence[int]]
-    longest: int
     share: float = 0.4
+    longest: int | None = None
+
+    def are_short(self, source: str, num_rows: int) -> npt.NDArray[np.bool_]:
+        """Of the source's rows; of equally long ones the first."""
+        lengths = np.asarray(self.lengths[source])
+        if len(lengths) != num_rows:
+            raise ValueError(f"{len(lengths)} lengths for the {num_rows} rows of {source}")
+        if self.longest is not None:
+            found: npt.NDArray[np.bool_] = lengths <= self.longest
+            return found
+        short = np.zeros(num_rows, bool)
+        short[np.argsort(lengths, kind="stable")[: round(self.share * num_rows)]] = True
+        return short
 
 
 class Mixture(Iterator[Draw]):
@@ -53,6 +70,7 @@ class Mixture(Iterator[Draw]):
         self._num_drawn = 0
         self._lag = dict.fromkeys(self._pools, 0.0)
         self._short_lag = 0.0
+        self._short_lags = dict.fromkeys(self._pools, 0.0)
 
     @property
     def step(self) -> int:
@@ -76,15 +94,15 @@ class Mixture(Iterator[Draw]):
         weights = self.weights(self.step)
         for name, weight in weights.items():
             self._lag[name] += weight
-        source, pool = self._choose(weights)
+        source = max((name for name, weight in weights.items() if weight > 0), key=self._lag.__getitem__)
         self._lag[source] -= 1
         self._num_drawn += 1
-        return source, pool.take()
+        return source, self._pool(source).take()
 
     def position(self) -> dict[str, Any]:
         """Where the walk stands: a few numbers, whatever the size of the sources."""
         pools = {name: [pool.num_taken for pool in pools] for name, pools in self._pools.items()}
-        return {"num_drawn": self._num_drawn, "lag": dict(self._lag), "short_lag": self._short_lag, "taken": pools}
+        return {"num_drawn": self._num_drawn, "lag": dict(self._lag), "short": [self._short_lag, dict(self._short_lags)], "taken": pools}
 
     def resume(self, position: Mapping[str, Any]) -> Self:
         """Go on from a saved position of a mixture over the same sources.
@@ -94,27 +112,25 @@ class Mixture(Iterator[Draw]):
         """
         if set(position["taken"]) != set(self._pools):
             raise ValueError(f"the position is of the sources {sorted(position['taken'])}, this mixture has {sorted(self._pools)}")
-        self._num_drawn, self._short_lag = int(position["num_drawn"]), float(position["short_lag"])
+        self._num_drawn, (self._short_lag, short_lags) = int(position["num_drawn"]), position["short"]
+        self._short_lags = dict(short_lags)
         self._lag = {name: float(lag) for name, lag in position["lag"].items()}
         for name, counts in position["taken"].items():
             for pool, num_taken in zip(self._pools[name], counts, strict=True):
                 pool.num_taken = int(num_taken)
         return self
 
-    def _choose(self, weights: Mapping[str, float]) -> tuple[str, _Pool]:
-        """First short or not, then the source that lags most among those that have such a row."""
-        wanted = 0
-        if self._short is not None:
-            self._short_lag += self._short.share
-            wanted = 0 if self._short_lag >= 0.5 else 1
-        able = [name for name, weight in weights.items() if weight > 0 and self._pools[name][wanted].rows.size]
-        if not able:
-            wanted = 1 - wanted
-            able = [name for name, weight in weights.items() if weight > 0 and self._pools[name][wanted].rows.size]
-        source = max(able, key=lambda name: self._lag[name])
-        if self._short is not None and wanted == 0:
-            self._short_lag -= 1
-        return source, self._pools[source][wanted]
+    def _pool(self, source: str) -> _Pool:
+        """The source's short rows or its others: what leaves the smaller sum of squares of the batch's lag and the source's own."""
+        short, others = self._pools[source]
+        if self._short is None:
+            return short
+        batch = self._short_lag + self._short.share
+        own = self._short_lags[source] + len(short.rows) / (len(short.rows) + len(others.rows))
+        is_short = batch + own > 1 if len(short.rows) and len(others.rows) else bool(len(short.rows))
+        self._short_lag = _within(batch - is_short, _MOST_OWED)
+        self._short_lags[source] = _within(own - is_short, 1)  # beyond that the batch's share decides alone
+        return short if is_short else others
 
 
 class _Pool:
@@ -136,13 +152,12 @@ class _Pool:
 
 def _pools(name: str, num_rows: int, seed: int, short: ShortSamples | None) -> tuple[_Pool, _Pool]:
     """(short rows, the others); all are in the first where lengths play no part."""
-    rows = np.arange(num_rows)
-    if short is None:
-        return _Pool(name, rows, seed), _Pool(f"{name}/long", rows[:0], seed)
-    lengths = np.asarray(short.lengths[name])
-    if len(lengths) != num_rows:
-        raise ValueError(f"{len(lengths)} lengths for the {num_rows} rows of {name}")
-    return _Pool(name, rows[lengths <= short.longest], seed), _Pool(f"{name}/long", rows[lengths > short.longest], seed)
+    are_short = np.ones(num_rows, bool) if short is None else short.are_short(name, num_rows)
+    return _Pool(name, np.flatnonzero(are_short), seed), _Pool(f"{name}/long", np.flatnonzero(~are_short), seed)
+
+
+def _within(lag: float, most: float) -> float:
+    return max(-most, min(lag, most))
 
 
 def _check(stages: Sequence[Stage], sources: Mapping[str, int], batch_size: int) -> None:

@@ -25,6 +25,7 @@ from r1ray.data.read import read_conversations
 from r1ray.data.reading import Ids, gather
 from r1ray.data.records import BadRow, RawRow, Reject
 from r1ray.data.schema import canonical
+from r1ray.data.split import stem
 from r1ray.data.turns import check_order, repair
 from r1ray.errors import MissingColumn, NothingToTrain, UnknownFormat
 from r1ray.types import Conversation, Message, Preference
@@ -68,16 +69,34 @@ def read_preferences(config: DataConfig) -> LoadedPairs:
 
 
 def hold_out_pairs(pairs: Sequence[Preference], share: float, *, seed: int = 0) -> tuple[tuple[Preference, ...], tuple[Preference, ...]]:
-    """(training, held-out), each in the given order. Pairs with the same prompt stay on one side.
+    """(training, held-out), each in the given order. Pairs with the same prompt stay on one side, and so do those whose ids share a `stem`.
 
-    `share` of the prompts, at least one where there are two; which ones depends on their text and the seed alone.
+    `share` of the prompts, or groups of them, at least one where there are two; which ones depends on their text and the seed alone.
     """
-    prompts = {_prompt_key(pair): _draw(seed, _prompt_key(pair)) for pair in pairs}
-    num_held = round(share * len(prompts))
-    if share > 0 and len(prompts) > 1:
-        num_held = min(max(num_held, 1), len(prompts) - 1)
-    held = set(sorted(prompts, key=lambda key: (prompts[key], key))[:num_held])
-    return tuple(p for p in pairs if _prompt_key(p) not in held), tuple(p for p in pairs if _prompt_key(p) in held)
+    groups = _groups(pairs)
+    drawn: dict[str, bytes] = {}
+    for pair, group in zip(pairs, groups, strict=True):
+        drawn[group] = min(drawn.get(group, b"\xff" * 32), _draw(seed, _prompt_key(pair)))
+    num_held = round(share * len(drawn))
+    if share > 0 and len(drawn) > 1:
+        num_held = min(max(num_held, 1), len(drawn) - 1)
+    held = set(sorted(drawn, key=drawn.__getitem__)[:num_held])
+    sides = tuple(zip(pairs, groups, strict=True))
+    return tuple(pair for pair, group in sides if group not in held), tuple(pair for pair, group in sides if group in held)
+
+
+def _groups(pairs: Sequence[Preference]) -> list[str]:
+    """A name for each pair, equal where a chain of equal prompts and equal stems leads from one to the other."""
+    leaders: dict[str, str] = {}
+
+    def leader(key: str) -> str:
+        while leaders.setdefault(key, key) != key:
+            leaders[key] = key = leaders[leaders[key]]
+        return key
+
+    for pair in pairs:
+        leaders[leader(f"id:{stem(pair.id)}")] = leader(_prompt_key(pair))
+    return [leader(_prompt_key(pair)) for pair in pairs]
 
 
 def _contrasted(config: DataConfig) -> LoadedPairs:

@@ -40,13 +40,15 @@ def read_conversations(config: DataConfig) -> Loaded:
     )
 
 
-def stream(config: DataConfig) -> Iterator[ReadRow]:
+def stream(config: DataConfig, ids: Ids | None = None) -> Iterator[ReadRow]:
     """Every row of `config.path` in order, each with its dialogue or the reason why it holds none; no share of bad rows is too much.
+
+    `ids` are those of the rows before, where other sources belong to the set.
 
     Raises:
         InvalidValue, NothingToTrain, UnknownFormat, WrongEncoding, MissingColumn: a file as a whole cannot be read.
     """
-    for _, raw, found in each_row(config, _opening):
+    for _, raw, found in each_row(config, _opening, ids):
         if isinstance(found, BadRow):
             yield ReadRow(raw=raw, reason=str(found))
         else:

@@ -18,6 +18,7 @@ from typing import Generic, Protocol, TypeVar
 from r1ray.data.config import DataConfig, Format
 from r1ray.data.files import data_files, rows_of
 from r1ray.data.records import BadRow, RawRow, Reject
+from r1ray.data.split import stem
 from r1ray.data.write import write_rejects
 from r1ray.errors import InvalidValue, NothingToTrain, TooManyBadRows, UnknownFormat
 from r1ray.settings import Settings
@@ -28,6 +29,7 @@ __all__ = [
     "Identified",
     "Ids",
     "Opening",
+    "SourceIds",
     "Unjudged",
     "built",
     "check_share",
@@ -75,21 +77,67 @@ class Ids:
         self._num_equal: Counter[str] = Counter()
 
     def unique(self, given: str | None, derive: Callable[[], str], raw: RawRow) -> str:
-        """A given id must be new; equal rows without one are numbered `id#2`, so that `hold_out` keeps them together."""
-        if given is not None and hash(given) in self._places:
-            raise BadRow(f"conversation_id {given!r} was already used at {self._place(given)}")
-        derived = name = given or derive()
-        while hash(name) in self._places:
-            self._num_equal[derived] += 1
-            name = f"{derived}#{self._num_equal[derived] + 1}"
+        """A given id must be new; equal rows without one are numbered `id#2`, so that they share a `split.stem`."""
+        if given is not None and self._is_known(given):
+            raise self._used(given, given)
+        name = self._numbered(given or derive())
         if not self._files or self._files[-1] != raw.file:
             self._files.append(raw.file)
         self._places[hash(name)] = (len(self._files) - 1) << _ROW_BITS | raw.row
         return name
 
+    def made(self, name: str) -> str:
+        """`name`, or its first free number `name#2`, for a row that no file holds."""
+        name = self._numbered(name)
+        self._places[hash(name)] = 0
+        return name
+
+    def _used(self, given: str, name: str) -> BadRow:
+        return BadRow(f"conversation_id {given!r} was already used at {self._place(name)}")
+
+    def _is_known(self, name: str) -> bool:
+        return hash(name) in self._places
+
+    def _numbered(self, wanted: str) -> str:
+        name = wanted
+        while self._is_known(name):
+            self._num_equal[wanted] += 1
+            name = f"{wanted}#{self._num_equal[wanted] + 1}"
+        return name
+
     def _place(self, name: str) -> str:
         place = self._places[hash(name)]
         return f"{self._files[place >> _ROW_BITS]}:{place & (1 << _ROW_BITS) - 1}"
+
+
+class SourceIds(Ids):
+    """Ids over several sources, each of which may count from 1: what an earlier source has used becomes `file/id`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._first = -1
+
+    def begin(self) -> None:
+        """The rows that follow are of another source."""
+        self._first = len(self._files)
+        self._files.append("")
+
+    def unique(self, given: str | None, derive: Callable[[], str], raw: RawRow) -> str:
+        return super().unique(None if given is None else self._prefixed(given, Path(raw.file).stem), derive, raw)
+
+    def _prefixed(self, given: str, file: str) -> str:
+        """With the file's name where it, or the row that it was made from, would seem to be an earlier source's."""
+        name = given
+        for number in itertools.count(1):
+            if self._is_known(name) and not self._is_earlier(name):
+                raise self._used(given, name)
+            if not self._is_earlier(name) and not self._is_earlier(stem(name)):
+                break
+            name = f"{file}/{given}" if number == 1 else f"{file}.{number}/{given}"
+        return name
+
+    def _is_earlier(self, name: str) -> bool:
+        return self._is_known(name) and self._places[hash(name)] >> _ROW_BITS <= self._first
 
 
 class Unjudged(Ids):
@@ -102,13 +150,15 @@ class Unjudged(Ids):
         return given or derive()
 
 
-def each_row(config: DataConfig, opening: Opening[T]) -> Iterator[tuple[Format, RawRow, T | BadRow]]:
+def each_row(config: DataConfig, opening: Opening[T], ids: Ids | None = None) -> Iterator[tuple[Format, RawRow, T | BadRow]]:
     """Every row of `config.path` in order, with its file's format and its item or the reason why it holds none.
+
+    `ids` are those of the rows before, where others belong to the set.
 
     Raises:
         InvalidValue, NothingToTrain, UnknownFormat, WrongEncoding, MissingColumn: a file as a whole cannot be read.
     """
-    ids = Ids()
+    ids = ids or Ids()
     for path in files_of(config):
         columns, rows = opened(path)
         name, build = opening(columns, config, str(path))

@@ -59,6 +59,10 @@ class BatchPlan:
         size = math.ceil(math.ceil(self.batch_size / num_workers) / accumulation)
         return tuple(tuple(mine[start * size : (start + 1) * size]) for start in range(accumulation))
 
+    def told(self, num_steps: int) -> str | None:  # noqa: ARG002 - a plan of another order needs them
+        """What a job should say of how often rows come in so many steps; None where each comes once an epoch."""
+        return None
+
     def padding_share(self, num_workers: int, accumulation: int) -> float:
         """Share of the computed positions that are padding, in the first epoch or the first of its steps that show it well enough."""
         computed = real = 0

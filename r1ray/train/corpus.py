@@ -35,6 +35,7 @@ from r1ray.data.reading import NUM_SHOWN, Ids, check_share
 from r1ray.data.records import BadRow, RawRow, Reject, SlicedRow
 from r1ray.data.schema import canonical, content_digest, from_canonical
 from r1ray.data.slices import SLICE_BYTES, Slice, Survey
+from r1ray.data.split import stem_hash
 from r1ray.errors import InvalidValue, R1RayError
 from r1ray.model.load import training_tokenizer
 from r1ray.settings import Settings
@@ -60,6 +61,7 @@ _ROW = (
     pa.field("row", pa.int64()),
     pa.field("id", pa.string()),
     pa.field("names_itself", pa.bool_()),
+    shards.ORIGIN,
     pa.field("source", pa.string()),
     pa.field("reason", pa.string()),  # why it is no dialogue
     pa.field("role", pa.string()),
@@ -81,10 +83,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
-    """A corpus that was read; `data_hash` is that of the same rows in memory."""
+    """A corpus that was read; `data_hash` is that of the same rows in memory, and `origins` their `split.origins_digest`."""
 
     tokens: TokenSet
     data_hash: str
+    origins: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +133,7 @@ def read_corpus(recipe: Recipe, settings: Settings, *, slice_bytes: int = SLICE_
     num_read, num_invalid, tokens = counted["read"], counted["invalid"], described(place)
     check_share(num_read, num_invalid, [Reject(**reject) for reject in counted["first"]], data)
     check_tokens(tokens, num_rows=num_read, num_invalid=num_invalid, data=data, max_length=recipe.max_length)
-    return Corpus(tokens=tokens, data_hash=counted["data_hash"])
+    return Corpus(tokens=tokens, data_hash=counted["data_hash"], origins=counted["origins"])
 
 
 def _tokenise(surveyed: Survey, recipe: Recipe, place: Path, settings: Settings) -> None:
@@ -209,7 +212,8 @@ def _dialogue(row: SlicedRow, is_mixed: bool) -> dict[str, Any]:
     found = row.found
     counts_as = {"role": str(row.raw.values["role"]), "chars": int(row.raw.values["chars"])} if is_mixed else {}
     turns = canonical(found).encode("utf-8", "surrogatepass")
-    return {**place, **counts_as, "id": found.id, "names_itself": row.names_itself, "source": found.source, "turns": turns}
+    named = {"id": found.id, "names_itself": row.names_itself, "origin": stem_hash(found.id)}
+    return {**place, **counts_as, **named, "source": found.source, "turns": turns}
 
 
 def _encode(dialogues: pa.Table, stored: bytes) -> pa.Table:
@@ -254,7 +258,7 @@ class _Collector:
         self._ends = [0]  # bytes before each slice
         for piece in surveyed.slices:
             self._ends.append(self._ends[-1] + piece.num_bytes)
-        self._ids, self._digest = Ids(), hashlib.sha256()
+        self._ids, self._digest, self._origins = Ids(), hashlib.sha256(), hashlib.sha256()
         self._first: list[Reject] = []
         self._num_read = self._num_invalid = self._num_shortened = self._num_refused = self._slice = 0
         self._began = self._told = time.monotonic()
@@ -277,6 +281,7 @@ class _Collector:
             "shortened": self._num_shortened,
             "rejected": self._num_refused,
             "data_hash": self._digest.hexdigest(),
+            "origins": self._origins.hexdigest(),
         }
 
     def tell(self, how_far: str) -> None:
@@ -296,6 +301,7 @@ class _Collector:
             self._reject(Reject(file=row["file"], row=row["row"], reason=reason))
             return False
         self._digest.update(row["digest"])
+        self._origins.update(row["origin"].to_bytes(8, "little"))
         if not row["length"]:
             self._num_refused += 1
             if self._num_refused <= _SHOWN_REFUSALS:

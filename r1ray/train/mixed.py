@@ -1,15 +1,20 @@
 """Batches in the order of a prepared file's mix plan: shares that change with the step, short samples in each batch.
 
 The plan and what each row counts as lie in the token file, so every worker draws the same rows from it and a resumed run goes on
-with the very next one. A row comes as often as its source's share wants, whatever `num_epochs` says of the average.
+with the very next one. Rows that are held out are not drawn. A row comes as often as its source's share wants, whatever `num_epochs`
+says of the average; `told` says how many rows never come, and how many come again.
 """
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from r1ray.data.prepare.plan import Walk
+import numpy as np
+
+from r1ray.data.prepare.plan import Walk, coverage
 from r1ray.train.batches import BatchPlan
 
 __all__ = ["MixedPlan"]
@@ -17,15 +22,28 @@ __all__ = ["MixedPlan"]
 
 @dataclass(slots=True)
 class MixedPlan(BatchPlan):
-    """`tokens` is the token file. Asking for a step draws all steps before it once."""
+    """`tokens` is the token file, of which `rows` are trained on, None: all. Asking for a step draws all steps before it once, eight
+    bytes a row."""
 
     tokens: Path = Path()
+    rows: Sequence[int] | None = None
     _walk: Walk | None = None
-    _drawn: list[tuple[int, ...]] = field(default_factory=list)
+    _drawn: array[int] = field(default_factory=lambda: array("q"))
 
     def batch(self, step: int) -> tuple[int, ...]:
+        end = (step + 1) * self.batch_size
+        self._draw(end)
+        return tuple(self._drawn[end - self.batch_size : end])
+
+    def told(self, num_steps: int) -> str | None:
+        """How many rows so many steps draw never, and how many more than once."""
+        end = num_steps * self.batch_size
+        self._draw(end)
+        found = coverage(np.asarray(self._drawn[:end]), len(self.lengths))
+        return f"mix plan: in {num_steps} steps {found.told}"
+
+    def _draw(self, end: int) -> None:
         if self._walk is None:
-            self._walk = Walk(self.tokens, batch_size=self.batch_size, seed=self.seed)
-        while len(self._drawn) <= step:
-            self._drawn.append(tuple(self._walk.batch()))
-        return self._drawn[step]
+            self._walk = Walk(self.tokens, batch_size=self.batch_size, seed=self.seed, rows=self.rows)
+        if len(self._drawn) < end:
+            self._drawn.frombytes(self._walk.take(end - len(self._drawn)).tobytes())

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from r1ray.errors import InvalidValue
 from r1ray.model.load import choose_dtype
 from r1ray.settings import Settings
 from r1ray.train import runs
@@ -79,8 +78,11 @@ def plan_for(config: TrainConfig, material: Material) -> BatchPlan:
     if not material.is_mixed:
         return plan_of(config, material.lengths())
     from r1ray.train.mixed import MixedPlan
+    from r1ray.train.parts import Part
 
-    return MixedPlan(material.lengths(), config.batch_size, config.num_epochs, config.seed, group_window=1, tokens=material.path)
+    rows = material.chosen if isinstance(material, Part) else None
+    shape = (config.batch_size, config.num_epochs, config.seed)
+    return MixedPlan(material.lengths(), *shape, group_window=1, tokens=material.path, rows=rows)
 
 
 def resolve_order(
@@ -104,6 +106,8 @@ def resolve_order(
     say(f"{material.told}, {plan.padding_share(layout.data, accumulation):.1%} padding" if is_padded else material.told)
     budget = f", at most {config.max_seconds:.0f} s" if config.max_seconds else ""
     say(f"{num_steps} steps of {config.batch_size} dialogues ({_workers(config)} x {accumulation} passes){budget}")
+    if (told := plan.told(num_steps)) is not None:
+        say(told)
     threads = f"{config.threads_per_worker} threads per worker" if config.threads_per_worker else "workers share their node's cores"
     say(f"{config.objective}, {config.method}, ZeRO-{config.zero_stage}, {dtype} because {reason}, {attention} attention, {threads}")
     if config.offload != "none" and not config.use_gpu:
@@ -126,10 +130,10 @@ def _parts(config: TrainConfig, material: Material) -> tuple[Material, Material 
     """(trained on, held out)."""
     if not config.eval_share:
         return material, None
-    if material.is_mixed:
-        raise InvalidValue("train.eval_share takes rows out of a file whose mix plan counts on them; set train.mix=false or eval_share=0.")
     from r1ray.train.parts import parted
+    from r1ray.train.tokens import TokenSet
 
+    assert isinstance(material, TokenSet), "the config refuses eval_share for objectives that hold rows out themselves"
     return parted(material, config.eval_share, config.seed)
 
 

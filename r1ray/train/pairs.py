@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from r1ray.data.config import DataConfig
 from r1ray.data.preferences import LoadedPairs, hold_out_pairs
+from r1ray.data.split import origins_digest, stem_hash
 from r1ray.errors import NothingToTrain, TooManyBadRows
 from r1ray.model import template
 from r1ray.model.load import training_tokenizer
@@ -39,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairLimits:
-    """Tokens of prompt and answer together, and the share of prompts that is held out, drawn by `seed`."""
+    """Tokens of prompt and answer together, and the share of prompts that is held out, drawn by `seed` (`hold_out_pairs`)."""
 
     max_length: int
     eval_share: float
@@ -107,7 +108,8 @@ def tokenise_pairs(loaded: LoadedPairs, artifact: Artifact, data: DataConfig, li
         NothingToTrain: no pair is left to train on.
         TooManyBadRows: with the pairs that do not fit, the invalid share exceeds `data.max_bad_share`.
     """
-    parts = [_FORMAT, loaded.data_hash, tokenizer_hash(artifact), artifact.manifest.template.sha256, data.system_prompt]
+    origins = origins_digest(stem_hash(pair.id) for pair in loaded.pairs)
+    parts = [_FORMAT, loaded.data_hash, origins, tokenizer_hash(artifact), artifact.manifest.template.sha256, data.system_prompt]
     key = hashlib.sha256(json.dumps([*parts, *asdict(limits).values()]).encode()).hexdigest()[:24]
     path = cache / "pairs" / f"{key}.parquet"
     if not path.exists():

@@ -1,30 +1,41 @@
 """Tokenised rows in two: those that are trained on and those that are held out, by share and seed.
 
-Knows no tokens: any material whose rows are columns of equal length can be parted.
+What is drawn are origins: an augmented row, or an equal one, is on the side of the row that it comes from. Each is drawn on its own, so
+rows that are added later move hardly any other row. Knows no tokens.
 """
 
 from __future__ import annotations
 
-import random
+import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from r1ray.errors import NothingToTrain
 from r1ray.train.order import Material
 from r1ray.train.shards import Picked
 
-__all__ = ["Part", "parted"]
+__all__ = ["Part", "Traced", "draws", "held_out", "parted"]
+
+
+class Traced(Material, Protocol):
+    """Material whose rows say where they come from."""
+
+    def origins(self) -> npt.NDArray[np.uint64]:
+        """A hash per row; equal where rows belong on one side."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """One side of a material, itself a material; row numbers count within it."""
 
-    whole: Material
+    whole: Traced
     share: float
     seed: int
     is_held_out: bool
@@ -32,9 +43,8 @@ class Part:
     @cached_property
     def chosen(self) -> array[int]:
         """Row numbers of the whole, in order."""
-        total = self.whole.num_rows
-        held = set(random.Random(f"{self.seed}/held out").sample(range(total), max(1, round(self.share * total))))
-        return array("q", (row for row in range(total) if (row in held) == self.is_held_out))
+        found = np.flatnonzero(held_out(self.whole.origins(), self.share, self.seed) == self.is_held_out)
+        return array("q", found.astype(np.int64).tobytes())
 
     @property
     def path(self) -> Path:
@@ -51,8 +61,8 @@ class Part:
 
     @property
     def is_mixed(self) -> bool:
-        """A mix plan counts on all rows."""
-        return False
+        """What is held out is measured once and whole, whatever its roles."""
+        return self.whole.is_mixed and not self.is_held_out
 
     @property
     def is_complete(self) -> bool:
@@ -70,13 +80,32 @@ class Part:
         return {name: value for name, value in self.__dict__.items() if name != "chosen"}
 
 
-def parted(material: Material, share: float, seed: int) -> tuple[Part, Part]:
+def parted(material: Traced, share: float, seed: int) -> tuple[Part, Part]:
     """(trained on, held out).
 
     Raises:
-        NothingToTrain: too few rows to part.
+        NothingToTrain: too few rows to part, or all of them come from one.
     """
-    if material.num_rows < 2:
-        raise NothingToTrain(f"{material.num_rows} rows cannot be parted by train.eval_share={share:g}. Add rows, or set it to 0.")
+    if len(np.unique(material.origins())) < 2:
+        raise NothingToTrain(
+            f"{material.num_rows} rows, all from one origin, cannot be parted by train.eval_share={share:g}. Add rows, or set it to 0."
+        )
     trained, held = (Part(whole=material, share=share, seed=seed, is_held_out=is_held_out) for is_held_out in (False, True))
     return trained, held
+
+
+def held_out(origins: npt.NDArray[np.uint64], share: float, seed: int) -> npt.NDArray[np.bool_]:
+    """For each row whether it is held out: `share` of the distinct origins, at least one, and never all of two or more."""
+    drawn = draws(origins, seed)
+    distinct = np.unique(drawn)
+    num_held = min(max(1, round(share * len(distinct))), len(distinct) - 1)
+    held: npt.NDArray[np.bool_] = drawn <= distinct[num_held - 1]
+    return held
+
+
+def draws(origins: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
+    """A number for each row, as if drawn at random, equal where the origins are: SplitMix64's mixing (Steele et al. 2014), one to one."""
+    mixed = origins + np.uint64(int.from_bytes(hashlib.sha256(f"held out/{seed}".encode()).digest()[:8], "little"))
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

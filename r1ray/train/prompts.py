@@ -10,21 +10,23 @@ import hashlib
 import json
 import logging
 import os
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from r1ray.data.config import DataConfig
 from r1ray.data.read import Loaded
+from r1ray.data.split import origins_digest, stem_hash
 from r1ray.errors import NothingToTrain, TooManyBadRows
 from r1ray.model import template
 from r1ray.model.load import load_tokenizer
+from r1ray.train.parts import draws
 from r1ray.types import Artifact, Conversation, Message
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Prompt", "PromptLimits", "PromptSet", "last_answer", "prepare_prompts"]
 
-_FORMAT = 1  # of the cache; raise it when the meaning of a column changes
+_FORMAT = 2  # of the cache; raise it when the meaning of a column changes
 _MOST_HELD_OUT = 0.2  # of the prompts
 _log = logging.getLogger(__name__)
 
@@ -102,8 +104,8 @@ def prepare_prompts(loaded: Loaded, artifact: Artifact, data: DataConfig, limits
     """
     path = cache / "prompts" / f"{_key(loaded, artifact, data, limits)}.parquet"
     if not path.exists():
-        prompts = _encoded(loaded.conversations, load_tokenizer(artifact), data.system_prompt, limits.max_tokens)
-        _write(_Parted.of(prompts, limits), path)
+        prompts, origins = _encoded(loaded.conversations, load_tokenizer(artifact), data.system_prompt, limits.max_tokens)
+        _write(_Parted.of(prompts, origins, limits), path)
     else:
         _log.info("prompts from the cache: %s", path)
     found = _described(path, len(loaded.conversations))
@@ -132,27 +134,34 @@ class _Parted:
     held_out: list[Prompt]
 
     @classmethod
-    def of(cls, prompts: Sequence[Prompt], limits: PromptLimits) -> _Parted:
+    def of(cls, prompts: Sequence[Prompt], origins: Sequence[int], limits: PromptLimits) -> _Parted:
+        """Held out are whole origins, an augmented row with the one that it comes from, as many as are room for."""
         num = min(limits.num_held_out, int(_MOST_HELD_OUT * len(prompts)))
-        drawn = set(random.Random(f"held out/{limits.seed}").sample(range(len(prompts)), num))
-        trained = [prompt for number, prompt in enumerate(prompts) if number not in drawn]
-        return cls(trained, [prompts[number] for number in sorted(drawn)])
+        drawn = draws(np.array(origins, np.uint64), limits.seed)
+        distinct, counts = np.unique(drawn, return_counts=True)
+        held = np.isin(drawn, distinct[np.cumsum(counts) <= num])
+        sides: tuple[list[Prompt], list[Prompt]] = ([], [])
+        for prompt, is_held in zip(prompts, held.tolist(), strict=True):
+            sides[is_held].append(prompt)
+        return cls(*sides)
 
 
 def _encoded(
     conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, system_prompt: str | None, most_tokens: int
-) -> list[Prompt]:
-    prompts = []
+) -> tuple[list[Prompt], list[int]]:
+    """(prompts, the hash of what each comes from)."""
+    prompts, origins = [], []
     for conversation in conversations:
         end = last_answer(conversation)
         messages = conversation.messages[:end]
         ids = template.prompt_ids(tokenizer, messages, system_prompt=system_prompt) if end else []
         if 0 < len(ids) <= most_tokens:
             prompts.append(Prompt(ids=ids, messages=messages, reference=conversation.messages[end].content))
+            origins.append(stem_hash(conversation.id))
         else:
             why = f"its prompt has {len(ids)} tokens" if end else "it answers nothing"
             _log.warning("left out %s: %s", conversation.source or conversation.id, why)
-    return prompts
+    return prompts, origins
 
 
 def _key(loaded: Loaded, artifact: Artifact, data: DataConfig, limits: PromptLimits) -> str:
@@ -160,7 +169,8 @@ def _key(loaded: Loaded, artifact: Artifact, data: DataConfig, limits: PromptLim
     for file in sorted(artifact.path.glob("tokenizer*")):
         tokenizer.update(file.read_bytes())
     shape = [limits.max_tokens, limits.num_held_out, limits.seed]
-    parts = [_FORMAT, loaded.data_hash, tokenizer.hexdigest(), artifact.manifest.template.sha256, data.system_prompt, *shape]
+    origins = origins_digest(stem_hash(one.id) for one in loaded.conversations)
+    parts = [_FORMAT, loaded.data_hash, origins, tokenizer.hexdigest(), artifact.manifest.template.sha256, data.system_prompt, *shape]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 

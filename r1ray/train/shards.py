@@ -1,7 +1,7 @@
 """Token rows on disk: Arrow files that are mapped into memory, not loaded, and a small table of what each row weighs.
 
     KEY/00000.arrow ...   columns `input_ids` and `mask` (1 = carries loss), uncompressed, in shards of about `SHARD_BYTES`
-    KEY/rows.parquet      one row per dialogue, in the same order: `length`, `trained`; under a mix plan `role` and `chars`, too
+    KEY/rows.parquet      one row per dialogue, in the same order: `length`, `trained`, `origin`; under a mix plan `role` and `chars`, too
 
 A rank touches the pages of the rows that it trains on; ranks of one node share them, and the kernel drops them when memory is wanted.
 The directory is written under a hidden name and renamed when all of it is on the disk. Knows no tokenizer.
@@ -22,19 +22,37 @@ from pathlib import Path
 from typing import Any, Self, overload
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from r1ray.errors import DiskFull
 
-__all__ = ["COUNTS", "ROWS", "SHARD_BYTES", "TOKENS", "Column", "Picked", "ShardWriter", "columns", "counts", "replacing", "weights"]
+__all__ = [
+    "COUNTS",
+    "ORIGIN",
+    "ROWS",
+    "SHARD_BYTES",
+    "TOKENS",
+    "Column",
+    "Picked",
+    "ShardWriter",
+    "columns",
+    "counts",
+    "origins",
+    "replacing",
+    "weights",
+]
 
 ROWS = "rows.parquet"
 SHARD_BYTES = 512 * 2**20
 TOKENS = pa.schema([("input_ids", pa.list_(pa.int32())), ("mask", pa.list_(pa.int8()))])
+ORIGIN = pa.field("origin", pa.uint64())
+"""`split.stem_hash` of the row's id: rows with the same one are held out together."""
 COUNTS = "r1ray"
 """Key of the metadata of `ROWS`: what was counted, as JSON."""
+_WEIGHTS = (pa.field("length", pa.int32()), pa.field("trained", pa.int32()))
 _MIXED = (pa.field("role", pa.string()), pa.field("chars", pa.int64()))
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -51,7 +69,7 @@ class ShardWriter:
         self.num_rows = self.num_tokens = self.num_trained_tokens = 0
 
     def append(self, rows: pa.Table) -> None:
-        """Rows of `TOKENS`, with `role` and `chars` where the set is mixed."""
+        """Rows of `TOKENS` and `ORIGIN`, with `role` and `chars` where the set is mixed."""
         if not rows.num_rows:
             return
         tokens = rows.select(TOKENS.names).cast(TOKENS).combine_chunks()
@@ -61,8 +79,8 @@ class ShardWriter:
         self._shard.write_table(tokens)
         self._num_bytes += tokens.nbytes
         weighed = _weighed(tokens)
-        if self._is_mixed:
-            weighed = weighed.append_column(_MIXED[0], rows["role"]).append_column(_MIXED[1], rows["chars"])
+        for field in (ORIGIN, *(_MIXED if self._is_mixed else ())):
+            weighed = weighed.append_column(field, rows[field.name])
         self._rows.write_table(weighed)
         self.num_rows += tokens.num_rows
         self.num_tokens += pc.sum(weighed["length"]).as_py()
@@ -141,6 +159,12 @@ def weights(directory: Path, name: str) -> array[int]:
     return found
 
 
+def origins(directory: Path) -> npt.NDArray[np.uint64]:
+    """Column `origin` of all rows, eight bytes each."""
+    found: npt.NDArray[np.uint64] = pq.read_table(directory / ROWS, columns=[ORIGIN.name])[ORIGIN.name].to_numpy()
+    return found
+
+
 def columns(directory: Path) -> tuple[Column, Column]:
     """(input ids, masks) of the set in `directory`; costs no memory but for the pages of rows that are asked for."""
     shards = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in sorted(directory.glob("*.arrow"))]
@@ -186,7 +210,7 @@ class Picked(Sequence[Any]):
 
 
 def _weights_schema(is_mixed: bool) -> pa.Schema:
-    return pa.schema([("length", pa.int32()), ("trained", pa.int32()), *(_MIXED if is_mixed else ())])
+    return pa.schema([*_WEIGHTS, ORIGIN, *(_MIXED if is_mixed else ())])
 
 
 def _weighed(tokens: pa.Table) -> pa.Table:
@@ -194,7 +218,7 @@ def _weighed(tokens: pa.Table) -> pa.Table:
     lengths = pc.list_value_length(tokens["input_ids"]).combine_chunks()
     offsets = np.cumsum([0, *lengths.to_numpy()])
     sums = np.concatenate([[0], np.cumsum(tokens["mask"].combine_chunks().flatten().to_numpy(), dtype=np.int64)])
-    return pa.table([lengths, pa.array(sums[offsets[1:]] - sums[offsets[:-1]], type=pa.int32())], schema=_weights_schema(False))
+    return pa.table([lengths, pa.array(sums[offsets[1:]] - sums[offsets[:-1]], type=pa.int32())], schema=pa.schema(_WEIGHTS))
 
 
 def _hidden(path: Path) -> str:

@@ -17,12 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from r1ray.data.config import DataConfig
 from r1ray.data.prepare.plan import Mix
 from r1ray.data.read import Loaded
+from r1ray.data.split import origins_digest, stem_hash
 from r1ray.errors import NothingToTrain, TooManyBadRows
 from r1ray.model import template
 from r1ray.model.load import training_tokenizer
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Encoder", "TokenSet", "check_tokens", "described", "fit", "remove_damaged", "tokenise", "tokenizer_hash"]
 
-FORMAT = 2
+FORMAT = 3
 """Of the cache; raise it when the meaning of a column changes."""
 _ROWS_AT_ONCE = 1024
 _SHOWN_REJECTS = 3
@@ -65,6 +68,10 @@ class TokenSet:
     def lengths(self) -> array[int]:
         """Tokens of each dialogue."""
         return shards.weights(self.path.parent, "length")
+
+    def origins(self) -> npt.NDArray[np.uint64]:
+        """What each dialogue was made from, as a hash: equal ones are held out together."""
+        return shards.origins(self.path.parent)
 
     def rows(self) -> tuple[Sequence[list[int]], Sequence[list[int]]]:
         """(input ids, masks), one list per dialogue, read from the disk when it is asked for."""
@@ -198,6 +205,7 @@ class _Encoding:
 
     def take(self) -> pa.Table:
         table = pa.table({"input_ids": self._ids, "mask": self._masks}, schema=shards.TOKENS)
+        table = table.append_column(shards.ORIGIN, pa.array([stem_hash(name) for name in self._names], shards.ORIGIN.type))
         for name, column in (self._mix.columns(self._names) if self._mix else {}).items():
             table = table.append_column(name, pa.array(column))
         self._ids, self._masks, self._names = [], [], []
@@ -205,7 +213,8 @@ class _Encoding:
 
 
 def _key(loaded: Loaded, artifact: Artifact, data: DataConfig, max_length: int, mix: Mix | None) -> str:
-    parts: list[Any] = [FORMAT, loaded.data_hash, tokenizer_hash(artifact), artifact.manifest.template.sha256]
+    origins = origins_digest(stem_hash(c.id) for c in loaded.conversations)
+    parts: list[Any] = [FORMAT, loaded.data_hash, origins, tokenizer_hash(artifact), artifact.manifest.template.sha256]
     parts += [data.system_prompt, max_length, *([mix.stored] if mix else [])]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 

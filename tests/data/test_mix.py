@@ -34,13 +34,56 @@ def test_every_row_has_its_turn_before_any_has_a_second():
     assert first != second
 
 
-def test_short_samples_are_their_share_of_each_batch():
-    walk = mixture(short=ShortSamples(lengths=LENGTHS, longest=30, share=0.4))
+def are_short(short, source):
+    return short.are_short(source, len(LENGTHS[source]))
+
+
+@pytest.mark.parametrize("longest", [None, 30, 60])
+def test_short_samples_are_their_share_of_each_batch(longest):
+    short = ShortSamples(lengths=LENGTHS, longest=longest, share=0.4)
+    marks = {name: are_short(short, name) for name in SOURCES}
+    walk = mixture(short=short)
     for step in range(15):
         batch = walk.batch()
-        assert abs(sum(LENGTHS[name][row] <= 30 for name, row in batch) - 8) <= 1
+        assert abs(sum(marks[name][row] for name, row in batch) - 8) <= 1
         counts = Counter(name for name, _ in batch)
-        assert abs(counts["domain"] - 20 * STAGES[0 if step < 10 else 1][1]["domain"]) <= 2
+        assert abs(counts["domain"] - 20 * STAGES[0 if step < 10 else 1][1]["domain"]) <= 1
+
+
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=3),
+    share=st.sampled_from([0.0, 0.25, 0.4, 0.5, 1.0]),
+    longest=st.integers(0, 9),
+    batch_size=st.integers(1, 12),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_shortest_rows_of_each_source_leave_no_row_out_while_others_come_again(sizes, share, longest, batch_size, seed):
+    """Rows drawn in proportion to their sources: after one epoch at most what two roundings leave is missing of each."""
+    sources = {str(number): size for number, size in enumerate(sizes)}
+    lengths = {name: [(row * 7 + seed) % (longest + 1) for row in range(size)] for name, size in sources.items()}
+    short = ShortSamples(lengths=lengths, share=share)
+    stages = ((0, {name: float(size) for name, size in sources.items()}),)
+    walk = Mixture(stages=stages, sources=sources, batch_size=batch_size, seed=seed, short=short)
+    drawn = Counter(next(walk) for _ in range(sum(sizes)))
+    for name, size in sources.items():
+        assert sum((name, row) not in drawn for row in range(size)) <= (0 if len(sizes) == 1 else 2)
+        assert max((times for (source, _), times in drawn.items() if source == name), default=0) <= 2
+
+
+def test_a_source_is_not_read_in_step_with_the_short_rows():
+    """Half short and two sources in turn: no source may give all the short ones."""
+    sources, lengths = {"a": 50, "b": 50}, {name: list(range(50)) for name in "ab"}
+    for short in (ShortSamples(lengths=lengths, share=0.5), ShortSamples(lengths=lengths, share=0.5, longest=24)):
+        walk = Mixture(stages=((0, {"a": 1.0, "b": 1.0}),), sources=sources, batch_size=4, seed=0, short=short)
+        assert len({next(walk) for _ in range(100)}) == 100
+
+
+def test_equally_long_rows_are_short_up_to_the_share():
+    short = ShortSamples(lengths={"a": [5] * 10}, share=0.4)
+    assert short.are_short("a", 10).sum() == 4
+    walk = Mixture(stages=((0, {"a": 1.0}),), sources={"a": 10}, batch_size=5, seed=0, short=short)
+    assert len({next(walk) for _ in range(10)}) == 10
 
 
 def test_a_source_without_short_rows_gives_long_ones():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -159,6 +160,18 @@ def test_pairs_of_one_prompt_stay_on_one_side_in_any_order() -> None:
     assert not {p.prompt for p in train} & {p.prompt for p in held}
     assert {p.id for p in hold_out_pairs(pairs[::-1], 0.2, seed=1)[1]} == {p.id for p in held}
     assert {p.id for p in hold_out_pairs(pairs, 0.2, seed=2)[1]} != {p.id for p in held}
+
+
+def test_pairs_made_from_one_stay_with_it_through_any_chain() -> None:
+    pairs = [
+        replace(made(f"q{i}{word}", "a"), id=f"{i}#{word}" if word else str(i)) for i in range(30) for word in ("", "rewrite", "masked")
+    ]
+    pairs += [replace(made("q0rewrite", "b"), id="other"), replace(made("far", "c"), id="other#masked")]
+    train, held = hold_out_pairs(pairs, 0.3, seed=1)
+    assert (len(train) + len(held), len(held)) in {(92, 27), (92, 29)}, "9 of 30 groups"
+    assert not {p.id.partition("#")[0] for p in train} & {p.id.partition("#")[0] for p in held}
+    assert len({p in held for p in pairs if p.id in ("0", "0#rewrite", "other", "other#masked")}) == 1
+    assert {p.id for p in hold_out_pairs(pairs[::-1], 0.3, seed=1)[1]} == {p.id for p in held}
 
 
 @pytest.mark.parametrize(("num_pairs", "share", "num_held"), [(1, 0.5, 0), (2, 0.01, 1), (2, 0.99, 1), (9, 0.0, 0)])

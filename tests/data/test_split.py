@@ -3,7 +3,9 @@
 import random
 from collections import Counter
 
-from r1ray.data.split import hold_out, intent_of
+import pytest
+
+from r1ray.data.split import hold_out, intent_of, stem, stem_hash
 from r1ray.types import Annotations, Conversation, Message
 
 
@@ -50,10 +52,10 @@ def test_the_only_dialogue_of_an_intent_stays_in_training():
 
 
 def test_equal_rows_stay_on_one_side():
-    rows = [conversation(f"c{i}{suffix}", "i") for i in range(50) for suffix in ("", "#2")]
+    rows = [conversation(f"{i:016x}{suffix}", "i") for i in range(50) for suffix in ("", "#2", "#masked", "#2#traps.conflict")]
     for by_intent in (False, True):
         train, held = hold_out(rows, 0.3, by_intent=by_intent)
-        assert not {c.id.partition("#")[0] for c in train} & {c.id.partition("#")[0] for c in held}
+        assert not {c.id[:16] for c in train} & {c.id[:16] for c in held}
         assert held
 
 
@@ -71,3 +73,31 @@ def test_a_limited_sample_is_split_as_evenly_as_the_whole_file(tmp_path):
     kept, held = hold_out(limited, 0.2)
     assert len(kept) + len(held) == 100
     assert 8 <= len(held) <= 35
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("x#masked", "x"),
+        ("x#back_translation", "x"),
+        ("x#traps.conflict", "x"),
+        ("x#synonyms#2", "x"),
+        ("last_year/7#rewrite", "last_year/7"),
+        ("0123456789abcdef#2", "0123456789abcdef"),
+        ("0123456789abcdef#12#masked", "0123456789abcdef"),
+        ("guide-0123456789abcdef#2", "guide-0123456789abcdef"),
+        ("tree-card_lost-report-yes#17", "tree-card_lost-report-yes"),
+        ("ticket#12", "ticket#12"),
+        ("a#1#masked", "a#1"),
+        ("x#Y", "x#Y"),
+        ("", ""),
+    ],
+)
+def test_a_stem_is_the_id_less_what_r1ray_puts_behind_one(name, expected):
+    assert stem(name) == expected
+    assert stem_hash(name) == stem_hash(expected)
+
+
+def test_ids_with_any_characters_have_a_hash():
+    assert stem_hash("\ud800#masked") == stem_hash("\ud800") != stem_hash("x")
+    assert hold_out([conversation("\ud800"), conversation("b")], 0.5) is not None

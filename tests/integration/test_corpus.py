@@ -27,6 +27,7 @@ from r1ray.train.config import FinetuneConfig
 from r1ray.train.corpus import Recipe, read_corpus
 from r1ray.train.objective import objective_of
 from r1ray.train.order import plan_for
+from r1ray.train.parts import parted
 
 pytestmark = pytest.mark.ray
 WORDS = ["card", "account", "transfer", "money", "lost", "today", "please", "balance", "the", "a", "of", "my", "卡", "转账"]
@@ -93,6 +94,11 @@ def test_the_tokens_of_a_folder_are_those_of_the_same_rows_in_memory(folder, bas
     assert runs.run_name(chosen[0], base, data_hash) == runs.run_name(chosen[1], base, corpus.data_hash)
     batches = [plan_for(chosen[0].train, tokens).batch(5) for tokens in (arrow, corpus.tokens)]
     assert batches[0] == batches[1]
+    assert corpus.tokens.origins().tolist() == arrow.origins().tolist()
+    held = [parted(tokens, 0.2, 0)[1].chosen for tokens in (arrow, corpus.tokens)]
+    assert held[0] == held[1]
+    named = [objective_of("sft").read(config(folder, backend, "train.eval_share=0.2")).data_hash for backend in ("arrow", "ray")]
+    assert named[0] == named[1] != data_hash
 
 
 def test_a_corpus_is_tokenised_once_and_judged_each_time(folder, base, settings, caplog) -> None:
@@ -126,6 +132,9 @@ def test_a_prepared_file_is_drawn_from_by_its_mix_plan(base, settings, tmp_path)
     assert pairs[0][0] == pairs[1][0]
     plans = [plan_for(config(out, "ray").train, tokens) for _, tokens in pairs]
     assert all(tokens.is_mixed for _, tokens in pairs)
+    assert [plans[0].batch(step) for step in range(4)] == [plans[1].batch(step) for step in range(4)]
+    trained = [parted(tokens, 0.2, 0)[0] for _, tokens in pairs]
+    plans = [plan_for(config(out, "ray").train, part) for part in trained]
     assert [plans[0].batch(step) for step in range(4)] == [plans[1].batch(step) for step in range(4)]
 
 

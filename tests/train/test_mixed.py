@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import pyarrow.parquet as pq
@@ -12,7 +13,6 @@ from r1ray.data.demo import demo_conversations
 from r1ray.data.prepare.config import PrepareConfig
 from r1ray.data.prepare.pipeline import prepare
 from r1ray.data.write import write_parquet
-from r1ray.errors import InvalidValue
 from r1ray.model.importer import import_model
 from r1ray.train.config import FinetuneConfig
 from r1ray.train.launcher import show
@@ -69,11 +69,61 @@ def test_without_the_mix_the_same_file_is_another_run_in_plain_order(prepared, b
     assert sorted(row for step in range(plan.steps_per_epoch) for row in plan.batch(step)) == list(range(plain[1].num_rows))
 
 
-def test_holding_rows_out_of_a_mix_is_refused(prepared, base, settings, tmp_path) -> None:
-    chosen = config(prepared, "train.eval_share=0.1")
+def test_rows_are_held_out_before_the_mix_draws_and_with_all_that_were_made_from_them(settings, base, tmp_path) -> None:
+    rows = demo_conversations("train")
+    parts = {"domain": rows[:150], "history": rows[300:400]}
+    sources = [{"path": write_parquet(part, tmp_path / f"{role}.parquet"), "role": role} for role, part in parts.items()]
+    augment = {"operations": [{"type": name, "share": 1.0} for name in ("synonyms", "traps")], "max_share": 0.5}
+    tree = {"sources": sources, "out": tmp_path / "x.parquet", "augment": augment, "clean": {"quality": None}, "progress_s": None}
+    out = prepare(PrepareConfig.model_validate(tree), settings).out
+    chosen = config(out, "train.eval_share=0.2", "train.num_epochs=2")
+    read, tokens = material(chosen, base, settings)
+    said: list[str] = []
+    order = resolve_order(chosen.train, base, tokens, tmp_path, settings, said.append)
+    table = pq.read_table(out, columns=["origin", "role", "operations"]).to_pylist()
+    assert len(table) == tokens.num_rows, "the file's order is that of the tokens"
+    trained, held = [[table[row] for row in part.chosen] for part in (order.material, order.held_out)]
+    assert any(row["operations"] != "[]" for row in held)
+    assert not {row["origin"] for row in trained} & {row["origin"] for row in held}
+    assert order.material.is_mixed and not order.held_out.is_mixed
+    plan = plan_for(chosen.train, order.material)
+    drawn = Counter(row for step in range(order.num_steps) for row in plan.batch(step))
+    assert set(drawn) <= set(range(order.material.num_rows))
+    roles = Counter(trained[row]["role"] for row in plan.batch(0))
+    assert abs(roles["domain"] - 8 * 0.8) <= 1, "0.7 of the weights that have rows"
+    missed, again = order.material.num_rows - len(drawn), sum(times > 1 for times in drawn.values())
+    told = f"mix plan: in {order.num_steps} steps {missed} of {order.material.num_rows} rows will not be drawn, {again} more than once"
+    assert any(line.startswith(told) for line in said)
+    resumed = resolve_order(chosen.train, base, material(chosen, base, settings)[1], tmp_path, settings, said.append)
+    assert (resumed.material.chosen, resumed.held_out.chosen) == (order.material.chosen, order.held_out.chosen)
+    assert read.data_hash != material(config(out), base, settings)[0].data_hash, "what is held out is part of the run's identity"
+
+
+def test_by_default_an_epoch_of_one_role_trains_on_every_row_and_says_so(settings, base, tmp_path) -> None:
+    path = write_parquet(demo_conversations("train")[:120], tmp_path / "rows.parquet")
+    tree = {
+        "sources": [{"path": path}],
+        "out": tmp_path / "x.parquet",
+        "clean": {"near_duplicates": None, "quality": None},
+        "progress_s": None,
+    }
+    chosen = config(prepare(PrepareConfig.model_validate(tree), settings).out)
     _, tokens = material(chosen, base, settings)
-    with pytest.raises(InvalidValue, match=r"train\.mix=false"):
-        resolve_order(chosen.train, base, tokens, tmp_path, settings, lambda _: None)
+    said: list[str] = []
+    resolve_order(chosen.train, base, tokens, tmp_path, settings, said.append)
+    assert tokens.num_rows % 8 == 0
+    assert f"mix plan: in {tokens.num_rows // 8} steps 0 of {tokens.num_rows} rows will not be drawn, 0 more than once" in said
+
+
+def test_the_same_rows_with_other_ids_are_tokenised_anew_and_another_run_where_they_are_held_out(settings, base, tmp_path) -> None:
+    answered = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}]
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path, mark in zip(paths, ("#masked", "other"), strict=True):
+        path.write_text("".join(json.dumps({"id": f"{n}{end}", "messages": answered}) + "\n" for n in range(4) for end in ("", mark)))
+    made = [[material(config(path, f"train.eval_share={share}"), base, settings) for path in paths] for share in (0.0, 0.3)]
+    assert made[0][0][0].data_hash == made[0][1][0].data_hash
+    assert made[1][0][0].data_hash != made[1][1][0].data_hash
+    assert [len(set(tokens.origins().tolist())) for _, tokens in made[0]] == [4, 8]
 
 
 def test_show_prints_what_carries_loss_and_nothing_else_between_marks(prepared, base, settings, capsys) -> None:

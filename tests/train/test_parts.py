@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 from r1ray.config import load_config
 from r1ray.errors import InvalidValue, NothingToTrain
 from r1ray.train.config import FinetuneConfig
-from r1ray.train.parts import parted
+from r1ray.train.parts import held_out, parted
 from r1ray.train.standing import Standing
 
 
@@ -24,6 +27,11 @@ class Numbers:
     path: Path = Path("numbers")
     is_mixed: bool = False
     is_complete: bool = True
+    per_origin: int = 1
+
+    def origins(self) -> npt.NDArray[np.uint64]:
+        """`per_origin` rows each, not side by side."""
+        return np.array([row % (self.num_rows // self.per_origin or 1) for row in range(self.num_rows)], np.uint64)
 
     def lengths(self) -> list[int]:
         return list(range(self.num_rows))
@@ -43,9 +51,35 @@ def test_every_row_is_on_one_side_and_each_worker_draws_the_same(num_rows, share
     assert [list(column) for column in copy.rows()] == [list(column) for column in trained.rows()]
 
 
-def test_one_row_cannot_be_parted() -> None:
+@given(num_origins=st.integers(2, 100), per_origin=st.integers(2, 5), share=st.floats(0.001, 0.9), seed=st.integers(0, 9))
+def test_rows_of_one_origin_are_never_on_both_sides(num_origins, per_origin, share, seed) -> None:
+    material = Numbers(num_origins * per_origin, per_origin=per_origin)
+    sides = [{number % num_origins for number in side.lengths()} for side in parted(material, share, seed)]
+    assert not sides[0] & sides[1]
+    assert len(sides[0] | sides[1]) == num_origins
+    assert len(sides[1]) == min(max(1, round(share * num_origins)), num_origins - 1)
+
+
+def test_added_rows_move_hardly_any_other() -> None:
+    before, after = (set(parted(Numbers(num), 0.2, 0)[1].lengths()) for num in (1000, 1100))
+    assert len(before - after) < 20 and 200 <= len(after) <= 240
+    assert parted(Numbers(1000), 0.2, 1)[1].lengths() != parted(Numbers(1000), 0.2, 0)[1].lengths()
+
+
+def test_a_million_rows_are_parted_by_what_they_come_from_in_bounded_memory() -> None:
+    origins = np.random.default_rng(0).integers(0, 2**63, 1_000_000).astype(np.uint64)
+    tracemalloc.start()
+    held = held_out(origins, 0.05, 0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held.sum() == 50_000
+    assert peak < 60 * 2**20
+
+
+@pytest.mark.parametrize("material", [Numbers(1), Numbers(6, per_origin=6)])
+def test_rows_of_one_origin_alone_cannot_be_parted(material) -> None:
     with pytest.raises(NothingToTrain, match="eval_share"):
-        parted(Numbers(1), 0.1, 0)
+        parted(material, 0.1, 0)
 
 
 def test_waiting_for_a_better_loss_ends_after_so_many_worse_ones() -> None:

@@ -21,7 +21,11 @@ ROWS = st.lists(st.lists(st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 1))
 
 def table(rows) -> pa.Table:
     columns = {"input_ids": [[number for number, _ in row] for row in rows], "mask": [[mark for _, mark in row] for row in rows]}
-    return pa.table(columns, schema=shards.TOKENS)
+    return with_origins(pa.table(columns, schema=shards.TOKENS))
+
+
+def with_origins(rows: pa.Table) -> pa.Table:
+    return rows.append_column(shards.ORIGIN, pa.array([2**64 - 1 - row for row in range(len(rows))], shards.ORIGIN.type))
 
 
 def written(place, rows, *, at_once=7, shard_bytes=200):
@@ -40,6 +44,7 @@ def test_rows_come_back_in_order_from_any_number_of_shards(tmp_path_factory, row
     assert [list(zip(*pair, strict=True)) for pair in zip(ids, masks, strict=True)] == rows
     assert list(shards.weights(place, "length")) == [len(row) for row in rows]
     assert list(shards.weights(place, "trained")) == [sum(mark for _, mark in row) for row in rows]
+    assert [int(origin) for origin in shards.origins(place)] == [2**64 - 1 - row % 7 for row in range(len(rows))]
     counted = shards.counts(place)
     assert counted is not None
     assert (counted["rows"], counted["tokens"], counted["rejected"]) == (len(rows), sum(map(len, rows)), 3)
@@ -100,7 +105,7 @@ KILLED = """
 import sys, pathlib, time, pyarrow as pa
 from r1ray.train import shards
 with shards.replacing(pathlib.Path(sys.argv[1])) as unfinished, shards.ShardWriter(unfinished, is_mixed=False) as writer:
-    writer.append(pa.table({"input_ids": [[1, 2]], "mask": [[0, 1]]}, schema=shards.TOKENS))
+    writer.append(pa.table({"input_ids": [[1, 2]], "mask": [[0, 1]], "origin": pa.array([1], pa.uint64())}))
     print("written", flush=True)
     time.sleep(60)
 """

@@ -148,7 +148,9 @@ class MixConfig(Config):
         default=None, description="[[first step, {role: weight}], ...]: a curriculum; null: one stage with domain_share."
     )
     short_share: float | None = Field(default=0.4, ge=0, le=1, description="Short samples in a batch; seed 000: 40 %. null: as they come.")
-    short_chars: int | None = Field(default=None, ge=1, description="Longest short sample in characters; null: the median of the set.")
+    short_chars: int | None = Field(
+        default=None, ge=1, description="Longest short sample in characters; null: the short_share shortest rows of each role are short."
+    )
 
     @model_validator(mode="after")
     def _rising(self) -> Self:

@@ -12,7 +12,7 @@ import itertools
 import resource
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from r1ray.data.prepare.sample import QuestionSample
 from r1ray.data.prepare.selection import Columns
 from r1ray.data.prepare.writing import SecondPass
 from r1ray.data.read import stream
+from r1ray.data.reading import SourceIds
 from r1ray.data.records import ReadRow
 from r1ray.data.schema import PREPARED
 from r1ray.data.write import staging
@@ -39,6 +40,8 @@ from r1ray.settings import Settings
 
 __all__ = ["Prepared", "prepare"]
 
+Source = tuple[str, Role, Iterator[ReadRow]]
+"""Name, role, rows."""
 _BY_DESIGN = ("balance", "mix")  # sound rows that are left out say nothing against the data
 
 
@@ -98,17 +101,17 @@ def _run(config: PrepareConfig, settings: Settings, out: Path, ledger: Ledger, e
     quality, marks = _quality(config, settings, out.parent / "quality.json")
     cleaner, columns, pools = Cleaner(config.clean, quality), Columns(config.seed), EntityPools()
     before = QuestionSample(config.diversity.sample, config.seed)
-    progress = Progress(config.progress_s)
+    ids, progress = SourceIds(), Progress(config.progress_s)
     spool = out.with_name(".spool.parquet")
     with pq.ParquetWriter(spool, PREPARED, compression="lz4") as writer:
-        for kept, name in _cleaned(config, sections, cleaner, ledger, progress):
+        for kept, name in _cleaned(_sources(config, sections, ids), config.batch_rows, cleaner, ledger, progress):
             columns.add(kept, name)
             for row in kept:
                 pools.add(row.conversation)
                 before.add(row.conversation)
             if kept:
                 writer.write_table(kept_table(kept))
-    second = SecondPass(config, cleaner, columns, pools, ledger)
+    second = SecondPass(config, cleaner, columns, pools, ledger, ids)
     figures |= second.run(spool, out, progress)
     spool.unlink()
     return {
@@ -133,11 +136,11 @@ def _quality(config: PrepareConfig, settings: Settings, path: Path) -> tuple[Qua
 
 
 def _cleaned(
-    config: PrepareConfig, sections: list[ReadRow], cleaner: Cleaner, ledger: Ledger, progress: Progress
+    sources: Iterator[Source], batch_rows: int, cleaner: Cleaner, ledger: Ledger, progress: Progress
 ) -> Iterator[tuple[list[KeptRow], str]]:
     """(kept rows, source) batch by batch over every source; the dropped rows go into the ledger."""
-    for name, role, rows in _sources(config, sections):
-        while batch := list(itertools.islice(rows, config.batch_rows)):
+    for name, role, rows in sources:
+        while batch := list(itertools.islice(rows, batch_rows)):
             ledger.read(name, len(batch))
             kept, dropped = cleaner.clean(batch, role)
             for row in dropped:
@@ -146,11 +149,19 @@ def _cleaned(
             progress.at(ledger.num_in.total(), ledger.num_dropped, "cleaning")
 
 
-def _sources(config: PrepareConfig, sections: list[ReadRow]) -> Iterator[tuple[str, Role, Iterator[ReadRow]]]:
+def _sources(config: PrepareConfig, sections: list[ReadRow], ids: SourceIds) -> Iterator[Source]:
+    """Ids are unique over all of them; so each is to be read to its end before the next."""
     for source in config.sources:
-        yield str(source.path), source.role, stream(source.data())
+        ids.begin()
+        yield str(source.path), source.role, stream(source.data(), ids)
     if sections:
-        yield "documents", "domain", iter(sections)
+        yield "documents", "domain", (_named(row, ids) for row in sections)
+
+
+def _named(row: ReadRow, ids: SourceIds) -> ReadRow:
+    """A section, whose id another document of the same name may have used."""
+    assert row.conversation is not None, "sections are dialogues"
+    return replace(row, conversation=replace(row.conversation, id=ids.made(row.conversation.id)))
 
 
 def _failure(config: PrepareConfig, ledger: Ledger, report: dict[str, Any], rejects: Path) -> TooManyBadRows | NothingToTrain | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from array import array
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,12 @@ from r1ray.data.clean.language import language_of
 from r1ray.data.diversity import Embedder, diversity
 from r1ray.data.prepare.cleaning import Cleaner
 from r1ray.data.prepare.config import PrepareConfig
-from r1ray.data.prepare.plan import mix_plan
+from r1ray.data.prepare.plan import Walk, coverage, mix_plan
 from r1ray.data.prepare.progress import Progress
 from r1ray.data.prepare.rows import KeptRow, Ledger, made_table, rejected
 from r1ray.data.prepare.sample import QuestionSample
 from r1ray.data.prepare.selection import Columns, Selection
+from r1ray.data.reading import SourceIds
 from r1ray.data.schema import PREPARED, SCHEMA, canonical, from_table
 
 __all__ = ["SecondPass"]
@@ -37,11 +40,14 @@ _log = logging.getLogger(__name__)
 class SecondPass:
     """Takes what the first pass knows; `run` writes the set."""
 
-    def __init__(self, config: PrepareConfig, cleaner: Cleaner, columns: Columns, pools: EntityPools, ledger: Ledger) -> None:
+    def __init__(
+        self, config: PrepareConfig, cleaner: Cleaner, columns: Columns, pools: EntityPools, ledger: Ledger, ids: SourceIds
+    ) -> None:
         self._config = config
         self._cleaner = cleaner
         self._columns = columns
         self._ledger = ledger
+        self._ids = ids
         self._augmenter = Augmenter(config.augment, seed=config.seed, pools=pools)
         self._selection = self._selected()
         self._sample = QuestionSample(config.diversity.sample, config.seed)
@@ -50,6 +56,7 @@ class SecondPass:
         self._chars = array("I")
         self._made_texts: set[int] = set()
         self._num_repeated = 0
+        self._drawn_from = hashlib.sha256()
 
     def run(self, spool: Path, out: Path, progress: Progress) -> dict[str, Any]:
         """The set at `out`, the rejects in the ledger; the figures about the set."""
@@ -66,8 +73,7 @@ class SecondPass:
                 offset += len(table)
                 progress.at(self._ledger.num_in.total(), self._ledger.num_dropped, f"writing {offset:,} of {len(self._columns):,}")
             self._write(writer, self._taken(self._augmenter.grown()))
-            plan = mix_plan(self._config.mix, int(np.median(self._chars)) if self._chars else 0)
-            writer.add_key_value_metadata(plan.metadata())
+            writer.add_key_value_metadata(mix_plan(self._config.mix, self._drawn_from.hexdigest()).metadata())
         self._warn()
         return {
             "rows_made": self._augmenter.made.total(),
@@ -77,7 +83,8 @@ class SecondPass:
             "roles": dict(self._roles),
             "languages": dict(self._languages),
             "num_intents": len(self._columns.intents),
-            "median_chars": plan.short_chars,
+            "median_chars": int(np.median(self._chars)) if self._chars else 0,
+            **self._epoch(out),
         }
 
     def diversity(self, embed: Embedder | None) -> dict[str, float]:
@@ -119,17 +126,29 @@ class SecondPass:
                 continue
             self._made_texts.add(key)
             self._augmenter.count(row)
-            taken.append(row)
+            taken.append(replace(row, conversation=replace(row.conversation, id=self._ids.made(row.conversation.id))))
         return made_table(taken, [language_of("\n".join(m.content for m in row.conversation.messages)) for row in taken])
 
     def _write(self, writer: pq.ParquetWriter, table: pa.Table) -> None:
         if not len(table):
             return
         writer.write_table(table)
-        self._roles.update(table["role"].to_pylist())
+        roles = table["role"].to_pylist()
+        self._roles.update(roles)
+        self._drawn_from.update("".join(f"{role}\n" for role in roles).encode())
         self._languages.update(table["language"].to_pylist())
         self._chars.extend(table["chars"].to_pylist())
         self._sample.add_table(table)
+
+    def _epoch(self, out: Path) -> dict[str, Any]:
+        """What one epoch by the mix plan draws; with stages of its own that depends on the size of a batch, which is the training's."""
+        if not self._roles or self._config.mix.stages is not None:
+            return {}
+        walk = Walk(out, batch_size=self._roles.total(), seed=self._config.seed)
+        found = coverage(walk.take(self._roles.total()), self._roles.total())
+        if found.num_missed:
+            _log.warning("mix: in an epoch %s", found.told)
+        return {"short_chars": walk.short_chars, "epoch": {"rows_not_drawn": found.num_missed, "rows_drawn_again": found.num_repeated}}
 
     def _warn(self) -> None:
         """What the seeds ask for and the data cannot give."""

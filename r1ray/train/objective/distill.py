@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from r1ray.data.read import Loaded, read_conversations
+from r1ray.data.read import Loaded
 from r1ray.errors import UnsupportedModel
 from r1ray.registry import Registry
 from r1ray.settings import Settings
@@ -29,7 +29,8 @@ class Distilled(Supervised):
 
     def read(self, config: FinetuneConfig) -> Loaded:
         """The rows' hash says by whom they are taught: another teacher is another run."""
-        loaded = read_conversations(config.data)
+        loaded = super().read(config)
+        assert isinstance(loaded, Loaded), "the config refuses to stream for this objective"
         taught = f"{loaded.data_hash}/{_teacher(config, Settings()).manifest.weights_sha256}"
         return replace(loaded, data_hash=hashlib.sha256(taught.encode()).hexdigest())
 

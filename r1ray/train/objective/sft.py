@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from r1ray.data.prepare.plan import Mix, read_mix, stored_mix
 from r1ray.data.read import Loaded, read_conversations
+from r1ray.data.split import origins_digest, stem_hash
 from r1ray.settings import Settings
 from r1ray.train.batches import BatchPlan
 from r1ray.train.objective.base import Bench, Objective
@@ -35,7 +36,8 @@ class Supervised(Objective):
         if config.data.backend == "ray":
             return self._streamed(config, settings)
         loaded, mix = read_conversations(config.data), _mix(config, settings)
-        return loaded if mix is None else replace(loaded, data_hash=_mixed_hash(loaded.data_hash, mix.stored))
+        origins = origins_digest(stem_hash(one.id) for one in loaded.conversations) if config.train.eval_share else None
+        return replace(loaded, data_hash=_identity(loaded.data_hash, mix.stored if mix else None, origins))
 
     def prepare(self, rows: Loaded | Corpus, base: Artifact, config: FinetuneConfig, settings: Settings) -> TokenSet:
         if not isinstance(rows, Loaded):
@@ -50,7 +52,8 @@ class Supervised(Objective):
         base = Registry(settings).resolve(config.base)
         mix = stored_mix(settings.locate(config.data.path)) if config.train.mix else None
         corpus = read_corpus(Recipe(data=config.data, base=base, max_length=config.train.max_length, mix=mix), settings)
-        return corpus if mix is None else replace(corpus, data_hash=_mixed_hash(corpus.data_hash, mix))
+        origins = corpus.origins if config.train.eval_share else None
+        return replace(corpus, data_hash=_identity(corpus.data_hash, mix, origins))
 
     def trainer_class(self, _: Bench) -> type[SupervisedTrainer]:
         from r1ray.train.objective.sft_trainer import SupervisedTrainer
@@ -97,9 +100,12 @@ def _held_out(bench: Bench, feed: Feed, material: Material) -> tuple[Feed | Slic
     return bench.sliced(replace(feed, input_ids=ids, masks=masks, plan=plan, num_steps=plan.num_steps, accumulation=1)), plan.num_steps
 
 
-def _mixed_hash(data_hash: str, stored: str) -> str:
-    """Another plan is another run."""
-    return hashlib.sha256(f"{data_hash} {stored}".encode()).hexdigest()
+def _identity(data_hash: str, mix: str | None, origins: str | None) -> str:
+    """Another plan, or other rows to hold out, is another run."""
+    for part in (mix, origins):
+        if part is not None:
+            data_hash = hashlib.sha256(f"{data_hash} {part}".encode()).hexdigest()
+    return data_hash
 
 
 def _mix(config: FinetuneConfig, settings: Settings) -> Mix | None:

@@ -17,7 +17,9 @@ from r1ray.data.prepare import config as prepare_config
 from r1ray.data.prepare.config import PrepareConfig
 from r1ray.data.prepare.job import prepare_data
 from r1ray.data.prepare.pipeline import prepare
+from r1ray.data.prepare.plan import read_mix
 from r1ray.data.read import read_conversations
+from r1ray.data.split import stem
 from r1ray.errors import DiskFull, InvalidValue, MissingColumn, NothingToTrain, TooManyBadRows, UnknownFormat, WrongEncoding
 
 QUESTIONS = [
@@ -178,6 +180,56 @@ def test_made_rows_stay_within_their_share_and_can_be_undone(settings, tmp_path)
         original = undo(rows[r["conversation_id"]], r["origin"], load(r["operations"]))
         assert original.messages == rows[r["origin"]].messages
         assert original.id == r["origin"]
+
+
+def test_sources_that_both_count_from_one_lose_no_row_and_no_role(settings, tmp_path):
+    new = save(tmp_path / "new.jsonl", [row(q, id=str(n)) for n, q in enumerate(QUESTIONS[:6])])
+    old = save(
+        tmp_path / "last_year.jsonl", [row(q, id=str(n)) for n, q in enumerate(QUESTIONS[6:])] + [row("Where are you open today?", id="5")]
+    )
+    sources = [{"path": new}, {"path": old, "role": "history"}]
+    result = run(settings, tmp_path, [], sources=sources, mix={"history_share": 1.0})
+    loaded = read_conversations(DataConfig(path=result.out, max_bad_share=0))
+    assert [c.messages[0].content for c in loaded.conversations] == QUESTIONS
+    assert [c.id for c in loaded.conversations] == [*"012345", *(f"last_year/{n}" for n in range(6))]
+    assert [r["origin"] for r in written(result)] == [c.id for c in loaded.conversations]
+    columns = read_mix(result.out).columns([c.id for c in loaded.conversations])
+    assert columns["role"] == ["domain"] * 6 + ["history"] * 6
+    (again,) = rejects(result)
+    assert again["reason"] == f"conversation_id '5' was already used at {old}:6"
+
+
+def test_files_of_one_name_and_rows_made_earlier_are_told_apart(settings, tmp_path):
+    texts = iter([f"{q} {n}" for n in (1, 2) for q in QUESTIONS])
+    names = {"a": ["1", "2"], "b": ["1", "3", "1#masked", "3#masked", "4#masked"], "c": ["1"]}
+    sources = [{"path": save(tmp_path / place / "d.jsonl", [row(next(texts), id=n) for n in ids])} for place, ids in names.items()]
+    result = run(settings, tmp_path, [], sources=sources, clean={"near_duplicates": None})
+    found = [r["conversation_id"] for r in written(result)]
+    assert found == ["1", "2", "d/1", "3", "d/1#masked", "3#masked", "4#masked", "d.2/1"], "a made row keeps its origin's name"
+
+
+def test_two_operations_of_one_type_make_rows_of_different_names(settings, tmp_path):
+    demo = write_demo(tmp_path / "demo")
+    operations = [{"type": "synonyms", "share": 1.0, "probability": p} for p in (0.4, 1.0)]
+    augment = {"operations": operations, "max_share": 0.6}
+    result = run(settings, tmp_path, [], sources=[{"path": demo.train}], augment=augment, clean={"quality": None})
+    loaded = read_conversations(DataConfig(path=result.out, max_bad_share=0))
+    assert len(loaded.conversations) == result.report["rows_out"]
+    made = {r["conversation_id"]: r["origin"] for r in written(result) if r["operations"] != "[]"}
+    numbered = [name for name in made if name.endswith("#synonyms#2")]
+    assert numbered
+    assert all(name.removesuffix("#2") in made and stem(name) == made[name] for name in numbered)
+
+
+def test_sections_of_documents_of_one_name_are_told_apart(settings, tmp_path):
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "fees.md").write_text("# Fees\n\nA transfer to Spain costs two euros, and takes a day.\n", encoding="utf-8")
+    documents = {"sources": [tmp_path / "a", tmp_path / "b"], "dialogues": True}
+    clean = {"near_duplicates": None, "exact_duplicates": False}
+    result = run(settings, tmp_path, [], sources=[], documents=documents, clean=clean)
+    first, second = [r["conversation_id"] for r in written(result)]
+    assert second == f"{first}#2" and stem(second) == first
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(settings, tmp_path):

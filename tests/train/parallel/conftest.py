@@ -38,7 +38,8 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> TokenSet:
     masks = [[int(place >= length // 2) for place in range(length)] for length in lengths]
     place = tmp_path_factory.mktemp("tokens") / "set"
     with shards.replacing(place) as unfinished, shards.ShardWriter(unfinished, is_mixed=False) as writer:
-        writer.append(pa.table({"input_ids": ids, "mask": masks}, schema=shards.TOKENS))
+        rows = pa.table({"input_ids": ids, "mask": masks}, schema=shards.TOKENS)
+        writer.append(rows.append_column(shards.ORIGIN, pa.array(range(len(ids)), shards.ORIGIN.type)))
         writer.close({"shortened": 0, "rejected": 0}, {})
     return described(place)
 
