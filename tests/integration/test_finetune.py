@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from r1ray.config import load_config
-from r1ray.errors import ClusterTooSmall, DiskFull
+from r1ray.errors import ClusterTooSmall, DiskFull, RunInUse
 from r1ray.model.importer import import_model
 from r1ray.model.load import load_model
 from r1ray.registry import Registry
-from r1ray.train import checkpoint
+from r1ray.train import checkpoint, runs
 from r1ray.train.config import FinetuneConfig
 from r1ray.train.launcher import finetune
 from r1ray.train.progress import FILE, curve
@@ -109,6 +109,14 @@ def test_the_finished_job_submitted_again_names_its_version(registry, uninterrup
     assert again.ref == uninterrupted.ref
     assert "is finished" in capsys.readouterr().out
     assert time.monotonic() - start < 5
+
+
+def test_a_job_that_another_one_trains_is_refused_before_anything_is_removed(registry, uninterrupted, data) -> None:
+    directory = run_directory(registry, "calm")
+    assert directory is not None
+    with runs.held(directory), pytest.raises(RunInUse, match=f"pid {os.getpid()}"):
+        finetune(config("calm", data, "train.restart=true"), registry.settings)
+    assert checkpoint.last_good(directory) is not None
 
 
 def test_a_killed_worker_resumes_with_the_same_losses_to_every_digit(registry, uninterrupted, data) -> None:
