@@ -45,6 +45,7 @@ class StageActors:
     """Each actor reserves `resources`.
 
     Inside a placement group (a Serve replica's) the ranks of a stage share a bundle, so they lie in one node; this process has bundle 0.
+    A trial of a sweep holds all of its bundle: there the other ranks of its stage have one of their own, the second.
     """
 
     def __init__(self, resources: Mapping[str, float]) -> None:
@@ -101,7 +102,8 @@ def _placement(group: Any, place: Place) -> dict[str, Any]:
 
     if group is None or (place.num_stages > 1 and group.bundle_count == 1):
         return {}
-    bundle = 1 + (place.bundle - 1) % (group.bundle_count - 1) if place.bundle else 0
+    own = int(place.num_tensor > 1 and group.bundle_count > place.num_stages)
+    bundle = own + 1 + (place.bundle - 1) % (group.bundle_count - own - 1) if place.bundle else own
     return {
         "num_cpus": 0,  # the bundle is the replica's already; the ranks of its next version must fit beside these
         "scheduling_strategy": PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle),

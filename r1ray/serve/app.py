@@ -34,8 +34,9 @@ def build(args: AppArgs) -> Application:
     entries = look_up(args.models)
     models = {model.id: _model(model) for model in args.models}
     collections = {id_: entry.collection for id_, entry in entries.items() if entry.collection}
+    longest_s = max(model.drain_timeout_s for model in args.models)  # every stream of every model goes through it
     router = serve.deployment(serve.ingress()(Router)).options(
-        name="Router", **_front_options(args.router.num_replicas, args.router.num_cpus)
+        name="Router", graceful_shutdown_timeout_s=longest_s, **_front_options(args.router.num_replicas, args.router.num_cpus)
     )
     return router.bind(args, {id_: entry.card for id_, entry in entries.items()}, collections, models, _retrieval(args, entries))
 
@@ -70,7 +71,7 @@ def _model_options(args: ModelArgs) -> dict[str, Any]:
         "max_ongoing_requests": 2 * (args.engine.num_slots + args.engine.max_waiting),
         "autoscaling_config": _autoscaling(args),
         "max_surge_percent": args.max_surge_percent,
-        "graceful_shutdown_timeout_s": 60,
+        "graceful_shutdown_timeout_s": args.drain_timeout_s,
         "graceful_shutdown_wait_loop_s": 0.2,
         **HEALTH,
     }

@@ -33,15 +33,17 @@ class Card:
     created: int
     root: str
     max_model_len: int
+    parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One model of the service."""
+    """One model of the service. `adapter`: its name to the backend, where it is one beside another model."""
 
     card: Card
     backend: Backend
     collection: str | None = None
+    adapter: str | None = None
 
 
 @dataclass(slots=True)
@@ -78,14 +80,14 @@ class ChatService:
         served = self.find(body.model)
         body.check_supported()
         messages, passages = await self._grounded(served, body)
-        template = TextRequest(id="", messages=messages, **_shared_fields(body))
+        template = TextRequest(id="", messages=messages, **self._shared_fields(served, body))
         return await self._open(served, _choices(template, body.n or 1), request_id, passages=passages, choices_per_prompt=body.n or 1)
 
     async def complete(self, body: CompletionBody, request_id: str) -> Live:
         """Choices are ordered prompt by prompt, as OpenAI does. Raises as `chat`."""
         served = self.find(body.model)
         body.check_supported()
-        shared = _shared_fields(body)
+        shared = self._shared_fields(served, body)
         requests: list[TextRequest] = []
         for prompt in body.prompts():
             given: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_ids": prompt}
@@ -98,7 +100,7 @@ class ChatService:
             raise bad_request("Give either prompt or messages.", param="prompt")
         served = self.find(body.model)
         messages = tuple(turn.to_message() for turn in body.messages or ())
-        return await served.backend.tokenize(body.prompt, messages), served.card.max_model_len
+        return await served.backend.tokenize(body.prompt, messages, served.adapter), served.card.max_model_len
 
     async def detokenize(self, body: DetokenizeBody) -> str:
         return await self.find(body.model).backend.detokenize(tuple(body.tokens))
@@ -108,9 +110,10 @@ class ChatService:
         return all(await asyncio.gather(*(served.backend.ready() for served in self.models.values())))
 
     async def stats(self) -> dict[str, BackendStats]:
-        """One replica's load per model."""
-        found = await asyncio.gather(*(served.backend.stats() for served in self.models.values()))
-        return dict(zip(self.models, found, strict=True))
+        """One replica's load per model; zeros where none runs."""
+        models = {id_: served.backend for id_, served in self.models.items() if served.adapter is None}
+        found = await asyncio.gather(*(backend.stats() for backend in models.values()))
+        return dict(zip(models, found, strict=True))
 
     def find(self, model: str | None) -> Served:
         """The served model; the only one when none is named.
@@ -123,6 +126,22 @@ class ChatService:
         if model not in self.models:
             raise model_not_found(str(model), list(self.models))
         return self.models[model]
+
+    def _shared_fields(self, served: Served, body: ChatBody | CompletionBody) -> dict[str, Any]:
+        """What chats and completions say alike; a request's own time can only be shorter than the service's."""
+        times = [seconds for seconds in (body.timeout, self.args.router.request_timeout_s) if seconds is not None]
+        return {
+            "overrides": body.overrides(),
+            "task": body.task_name,
+            "min_tokens": body.min_tokens or 0,
+            "ignore_eos": bool(body.ignore_eos),
+            "logit_bias": body.bias,
+            "num_beams": body.num_beams or 1,
+            "timeout_s": min(times, default=None),
+            "priority": body.priority or 0,
+            "cache_salt": body.cache_salt or "",
+            "adapter": served.adapter,
+        }
 
     async def _grounded(self, served: Served, body: ChatBody) -> tuple[tuple[Message, ...], tuple[Passage, ...]]:
         messages = body.to_messages()
@@ -162,17 +181,6 @@ class ChatService:
             if isinstance(first, Fault):
                 raise Refused(first)
         return list(firsts)
-
-
-def _shared_fields(body: ChatBody | CompletionBody) -> dict[str, Any]:
-    return {
-        "overrides": body.overrides(),
-        "task": body.task_name,
-        "min_tokens": body.min_tokens or 0,
-        "ignore_eos": bool(body.ignore_eos),
-        "logit_bias": body.bias,
-        "num_beams": body.num_beams or 1,
-    }
 
 
 def _choices(template: TextRequest, num: int) -> list[TextRequest]:

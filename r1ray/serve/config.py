@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from r1ray.config import Config
 from r1ray.engine.config import EngineConfig
 
-__all__ = ["AppArgs", "AutoscalingArgs", "ModelArgs", "PlacementArgs", "RetrievalArgs", "RouterArgs"]
+__all__ = ["AdapterArgs", "AppArgs", "AutoscalingArgs", "ModelArgs", "PlacementArgs", "RetrievalArgs", "RouterArgs"]
 
 
 class AutoscalingArgs(Config):
@@ -42,6 +42,15 @@ class PlacementArgs(Config):
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(default="PACK", description="How bundles share nodes.")
 
 
+class AdapterArgs(Config):
+    """A LoRA adapter that answers to a model id of its own, in the same batch as its base and the other adapters."""
+
+    id: str = Field(min_length=1, pattern=r"^[^#]+$", description="The `model` of a request.")
+    ref: str = Field(min_length=1, description="Registry reference of an adapter trained on the model's ref; an alias is followed.")
+    collection: str | None = Field(default=None, description="Retrieval collection; the manifest's own when absent.")
+    system_prompt: str | None = Field(default=None, description="Added when a request has none; the manifest's own when absent.")
+
+
 class ModelArgs(Config):
     """One served model: which version of the registry, on which engine, grounded in which documents."""
 
@@ -50,9 +59,14 @@ class ModelArgs(Config):
     engine: EngineConfig = Field(default_factory=EngineConfig, description="How tokens are made.")
     collection: str | None = Field(default=None, description="Retrieval collection; the manifest's own when absent.")
     system_prompt: str | None = Field(default=None, description="Added when a request has none; the manifest's own when absent.")
+    adapters: tuple[AdapterArgs, ...] = Field(default=(), description="Adapters of this very version, served beside it from one engine.")
     chat_template: str | None = Field(default=None, description="Chat template file; refused if it differs from the version's.")
     follow_interval_s: float = Field(default=10.0, gt=0, description="How often a replica asks the registry for a new version.")
-    drain_timeout_s: float = Field(default=600.0, ge=0, description="Longest time the old version may finish its streams after a switch.")
+    drain_timeout_s: float = Field(
+        default=600.0,
+        ge=0,
+        description="Longest time that streams may take to end: of an old version after a switch, of a leaving replica.",
+    )
     coalesce_ms: float = Field(default=15.0, ge=0, le=1000, description="Tokens that pile up within this time travel as one chunk.")
     autoscaling: AutoscalingArgs = Field(default_factory=AutoscalingArgs, description="Number of replicas.")
     placement: PlacementArgs = Field(default_factory=PlacementArgs, description="What each replica reserves, and where.")
@@ -69,13 +83,39 @@ class ModelArgs(Config):
         return self
 
     @model_validator(mode="after")
+    def _room_for_adapters(self) -> Self:
+        engine, num = self.engine, len(self.adapters)
+        if not num:
+            return self
+        if engine.type == "onnx" or (engine.type == "torch" and engine.stages * engine.tensor_parallel > 1):
+            raise ValueError(
+                f"adapters has {num} entries, and a split model or an ONNX export takes none beside its weights; "
+                "serve each as a model of its own"
+            )
+        if engine.type == "vllm" and engine.vllm.max_adapters < num:
+            raise ValueError(f"adapters has {num} entries; set engine.vllm.max_adapters to at least that, it is {engine.vllm.max_adapters}")
+        return self
+
+    @model_validator(mode="after")
     def _gpus_where_the_model_is(self) -> Self:
         if self.engine.type == "vllm" and self.placement.num_gpus:
             raise ValueError(
                 f"placement.num_gpus={self.placement.num_gpus:g} are the replica's own, and vLLM computes in an actor beside it; "
                 "set engine.stage_gpus and leave num_gpus 0"
             )
+        own = self.placement.bundles[0].get("GPU", 0.0) if self.placement.bundles else self.placement.num_gpus
+        is_split = self.engine.type == "torch" and self.engine.stages * self.engine.tensor_parallel > 1
+        if is_split and bool(own) != bool(self.engine.stage_gpus):
+            raise ValueError(
+                f"engine.stage_gpus={self.engine.stage_gpus:g} and {own:g} GPUs of the replica itself, which computes the last stage: "
+                "give each process of a split model one (stage_gpus=1, placement.num_gpus=1) or none"
+            )
         return self
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Its own and its adapters'."""
+        return (self.id, *(adapter.id for adapter in self.adapters))
 
     @property
     def replica_bundles(self) -> list[dict[str, float]]:
@@ -106,6 +146,12 @@ class RouterArgs(Config):
     num_cpus: float = Field(default=0.1, ge=0, description="Logical CPUs reserved per router.")
     max_choices: int = Field(default=8, ge=1, le=128, description="Most generations of one request: n times the prompts.")
     first_token_timeout_s: float = Field(default=300.0, gt=0, description="503 when a request has not started after this time.")
+    request_timeout_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="A request ends with an error after this time, waiting or answering, or after its own `timeout`; keep it below "
+        "http_options.request_timeout_s, at which Serve's proxy cuts without a word. null: no limit of ours.",
+    )
 
 
 class AppArgs(Config):
@@ -117,7 +163,7 @@ class AppArgs(Config):
 
     @model_validator(mode="after")
     def _unique(self) -> Self:
-        ids = [model.id for model in self.models]
+        ids = [id_ for model in self.models for id_ in model.ids]
         twice = sorted({id_ for id_ in ids if ids.count(id_) > 1})
         if twice:
             raise ValueError(f"model id {twice[0]!r} is given twice; every served model needs its own")

@@ -8,7 +8,16 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from r1ray.errors import EngineStopped, GenerationFailed, InvalidRequest, PromptTooLong, QueueFull, R1RayError, UnknownAdapter
+from r1ray.errors import (
+    DeadlineExceeded,
+    EngineStopped,
+    GenerationFailed,
+    InvalidRequest,
+    PromptTooLong,
+    QueueFull,
+    R1RayError,
+    UnknownAdapter,
+)
 from r1ray.serve.protocol import Fault, Refused
 
 __all__ = ["bad_request", "fault_of", "model_not_found", "replica_lost", "too_slow"]
@@ -34,6 +43,7 @@ KINDS: dict[type[R1RayError], _Kind] = {
     UnknownAdapter: _Kind(404, "model_not_found", INVALID, param="model"),
     QueueFull: _Kind(429, "queue_full", "overloaded_error", retry_after_s=1.0),
     EngineStopped: _Kind(503, "engine_stopped", "server_error", retry_after_s=1.0),
+    DeadlineExceeded: _Kind(504, "deadline_exceeded", "timeout"),
     GenerationFailed: _Kind(500, "generation_failed", "server_error"),
     R1RayError: _Kind(500, "internal_error", "server_error"),
 }

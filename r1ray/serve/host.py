@@ -1,7 +1,8 @@
 """One replica's model: text requests in, text events out, on the version that the registry's alias names at the moment.
 
 A promotion is followed without a restart: the new version is loaded beside the old one, new requests go to it, and the old
-engine is stopped when its last stream has ended. Needs no Ray: replica.py wraps it in a deployment.
+engine is stopped when its last stream has ended. Adapters beside it (adapters.py) are followed alike, in the running engine.
+Needs no Ray: replica.py wraps it in a deployment.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import aclosing
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from r1ray.engine.protocol import Engine, GenerationRequest, TokenChunk
-from r1ray.errors import EngineStopped
+from r1ray.errors import EngineStopped, UnknownAdapter
+from r1ray.serve.adapters import AdapterShelf, LoadedAdapter, is_used
 from r1ray.serve.batches import coalesced
 from r1ray.serve.codec import Codec, TokenizerCodec
 from r1ray.serve.config import ModelArgs
@@ -27,7 +29,7 @@ from r1ray.serve.protocol import BackendStats, Done, Event, Fault, TextRequest
 from r1ray.serve.text import TextAssembler
 from r1ray.types import Artifact, Message, Sampling
 
-__all__ = ["LoadedVersion", "ModelHost", "registry_host"]
+__all__ = ["LoadedVersion", "ModelHost", "registry_host", "warmed"]
 
 logger = logging.getLogger("ray.serve")
 DRAIN_POLL_S = 0.1
@@ -40,23 +42,31 @@ class LoadedVersion:
     artifact: Artifact
     codec: Codec
     engine: Engine
+    adapters: dict[str, LoadedAdapter] = field(default_factory=dict)
     num_streams: int = 0
 
 
 class ModelHost:
     """`find` asks the registry for the wanted version (blocking), `load` makes it ready. Both may raise any R1RayError."""
 
-    def __init__(self, args: ModelArgs, find: Callable[[], Artifact], load: Callable[[Artifact], Awaitable[LoadedVersion]]) -> None:
+    def __init__(
+        self,
+        args: ModelArgs,
+        find: Callable[[], Artifact],
+        load: Callable[[Artifact], Awaitable[LoadedVersion]],
+        shelf: AdapterShelf | None = None,
+    ) -> None:
         self.args = args
         self._find = find
         self._load = load
+        self._shelf = shelf
         self._live: LoadedVersion | None = None
         self._failed_ref: str | None = None
         self._drains: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Load the wanted version. Errors end the start: a replica without a model has no use."""
-        self._live = await self._load(await asyncio.to_thread(self._find))
+        self._live = await self._whole(await asyncio.to_thread(self._find))
         logger.info("%s answers with %s", self.args.id, self._live.artifact.ref)
 
     async def follow(self) -> None:
@@ -74,35 +84,50 @@ class ModelHost:
         live = self._loaded()
         if wanted.ref == live.artifact.ref:
             live.artifact = wanted
-            return False
-        if wanted.ref == self._failed_ref:
+        if wanted.ref in (live.artifact.ref, self._failed_ref):
+            await self._follow_adapters(live)
             return False
         try:
-            fresh = await self._load(wanted)
+            fresh = await self._whole(wanted)
         except Exception:
             self._failed_ref = wanted.ref
             raise
         self._live, self._failed_ref = fresh, None
         logger.info("%s switched from %s to %s; %d streams drain", self.args.id, live.artifact.ref, wanted.ref, live.num_streams)
-        self._start_drain(live)
+        self._start_drain(self._drain(live))
         return True
+
+    async def _whole(self, wanted: Artifact) -> LoadedVersion:
+        """The version with the adapters that are served beside it."""
+        fresh = await self._load(wanted)
+        if self._shelf is not None:
+            try:
+                fresh.adapters = await self._shelf.fill(fresh.artifact, fresh.engine)
+            except BaseException:
+                await fresh.engine.stop()
+                raise
+        return fresh
+
+    async def _follow_adapters(self, live: LoadedVersion) -> None:
+        if self._shelf is not None:
+            for old in await self._shelf.follow(live.adapters, live.artifact, live.engine):
+                self._start_drain(self._drain_adapter(live, old))
 
     async def stream(self, request: TextRequest) -> AsyncGenerator[Event, None]:
         """Events of one generation; never raises for what can be said as a Fault. Closing it frees the engine's slot."""
-        live = self._loaded()
-        live.num_streams += 1
         try:
-            async with aclosing(self._answer(live, request)) as events:
-                async for event in events:
-                    yield event
+            live = self._loaded()
+            voice = _voice(live, request.adapter)
+            with _counted(live, voice):
+                async with aclosing(self._answer(live, voice, request)) as events:
+                    async for event in events:
+                        yield event
         except Exception as error:  # every failure becomes the stream's last event: a client must never see silence
             yield fault_of(error)
-        finally:
-            live.num_streams -= 1
 
-    async def tokenize(self, text: str | None, messages: tuple[Message, ...]) -> tuple[int, ...]:
-        live = self._loaded()
-        return tuple(live.codec.render(self._instructed(live, messages)) if text is None else live.codec.encode(text))
+    async def tokenize(self, text: str | None, messages: tuple[Message, ...], adapter: str | None = None) -> tuple[int, ...]:
+        voice = _voice(self._loaded(), adapter)
+        return tuple(voice.codec.render(self._instructed(voice, messages, adapter)) if text is None else voice.codec.encode(text))
 
     async def detokenize(self, token_ids: tuple[int, ...]) -> str:
         return self._loaded().codec.decode(token_ids)
@@ -141,25 +166,38 @@ class ModelHost:
             raise EngineStopped(f"{self.args.id} has not started. Await start() first.")
         return self._live
 
-    def _start_drain(self, old: LoadedVersion) -> None:
-        drain = asyncio.create_task(self._drain(old))
+    def _start_drain(self, draining: Coroutine[Any, Any, None]) -> None:
+        drain = asyncio.create_task(draining)
         self._drains.add(drain)
         drain.add_done_callback(self._drains.discard)
 
     async def _drain(self, old: LoadedVersion) -> None:
-        deadline = asyncio.get_running_loop().time() + self.args.drain_timeout_s
-        while old.num_streams and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(DRAIN_POLL_S)
+        await self._unused(old)
         await old.engine.stop()
         logger.info("%s has let go of %s", self.args.id, old.artifact.ref)
 
-    async def _answer(self, live: LoadedVersion, request: TextRequest) -> AsyncGenerator[Event, None]:
-        prompt_ids = self._prompt_ids(live, request)
-        sampling = resolve(live.artifact.policy, request.task, request.overrides)
+    async def _drain_adapter(self, live: LoadedVersion, old: LoadedAdapter) -> None:
+        """The engine waits for streams that are longer than `drain_timeout_s`: it cannot take an adapter from under one."""
+        await self._unused(old)
+        if not is_used(old.artifact, live.adapters):  # by another id, or by the same one after a rollback
+            with suppress(EngineStopped):  # its base was replaced meanwhile, and all of its adapters with it
+                await live.engine.unload_adapter(old.artifact.ref)
+            logger.info("%s has let go of %s", self.args.id, old.artifact.ref)
+
+    async def _unused(self, old: LoadedVersion | LoadedAdapter) -> None:
+        deadline = asyncio.get_running_loop().time() + self.args.drain_timeout_s
+        while old.num_streams and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(DRAIN_POLL_S)
+
+    async def _answer(self, live: LoadedVersion, voice: LoadedVersion | LoadedAdapter, request: TextRequest) -> AsyncGenerator[Event, None]:
+        """`voice`: whose template, policy and words; the engine's adapter of that version, unless it is the loaded one itself."""
+        prompt_ids = self._prompt_ids(voice, request)
+        sampling = resolve(voice.artifact.policy, request.task, request.overrides)
         sampling = _searching(sampling, request.overrides) if request.num_beams > 1 else sampling
-        prefilled = live.codec.thinking(prompt_ids) if request.messages else None
-        text = TextAssembler(live.codec.decode, sampling.stop, prefilled=prefilled)
-        chunks = live.engine.generate(_generation(request, prompt_ids, sampling))
+        prefilled = voice.codec.thinking(prompt_ids) if request.messages else None
+        text = TextAssembler(voice.codec.decode, sampling.stop, prefilled=prefilled)
+        adapter = None if voice is live else voice.artifact.ref
+        chunks = live.engine.generate(_generation(request, prompt_ids, sampling, adapter))
         last: TokenChunk | None = None
         async with aclosing(coalesced(chunks, self.args.coalesce_ms / 1000)) as batches:
             async for batch in batches:
@@ -169,9 +207,9 @@ class ModelHost:
                     break
         if not text.stopped:
             yield text.flush()
-        yield self._ending(live, text, last)
+        yield self._ending(voice.artifact.ref, text, last)
 
-    def _ending(self, live: LoadedVersion, text: TextAssembler, last: TokenChunk | None) -> Done | Fault:
+    def _ending(self, ref: str, text: TextAssembler, last: TokenChunk | None) -> Done | Fault:
         reason = "stop" if text.stopped else last.finish_reason if last else None
         if last is None or reason is None or reason == "abort":
             return fault_of(EngineStopped(f"{self.args.id} ended the generation before its end. Send the request again."))
@@ -181,31 +219,58 @@ class ModelHost:
             num_completion_tokens=text.num_tokens,
             num_reasoning_tokens=text.num_reasoning_tokens,
             num_cached_tokens=last.num_cached_tokens,
-            ref=live.artifact.ref,
+            ref=ref,
         )
 
-    def _prompt_ids(self, live: LoadedVersion, request: TextRequest) -> tuple[int, ...]:
+    def _prompt_ids(self, voice: LoadedVersion | LoadedAdapter, request: TextRequest) -> tuple[int, ...]:
         if request.prompt_ids is not None:
             return request.prompt_ids
         if request.prompt is not None:
-            return tuple(live.codec.encode(request.prompt))
+            return tuple(voice.codec.encode(request.prompt))
         if not request.messages:
             raise bad_request("messages is empty; send at least one.", param="messages")
-        return tuple(live.codec.render(self._instructed(live, request.messages)))
+        return tuple(voice.codec.render(self._instructed(voice, request.messages, request.adapter)))
 
-    def _instructed(self, live: LoadedVersion, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    def _instructed(self, voice: LoadedVersion | LoadedAdapter, messages: tuple[Message, ...], adapter: str | None) -> tuple[Message, ...]:
         """The system message of the version's training, when the request brings none."""
-        system = self.args.system_prompt if self.args.system_prompt is not None else live.artifact.manifest.system_prompt
+        args = next((each for each in self.args.adapters if each.id == adapter), self.args)
+        system = args.system_prompt if args.system_prompt is not None else voice.artifact.manifest.system_prompt
         if not system or any(message.role == "system" for message in messages):
             return messages
         return (Message(role="system", content=system), *messages)
+
+
+def _voice(live: LoadedVersion, adapter: str | None) -> LoadedVersion | LoadedAdapter:
+    """Who answers to this name.
+
+    Raises:
+        UnknownAdapter: this replica serves none of that name, as while a deployment with another one rolls out.
+    """
+    if adapter is None:
+        return live
+    if adapter not in live.adapters:
+        raise UnknownAdapter(f"No adapter {adapter!r} is served here. Served: {', '.join(live.adapters) or 'none'}. Send it again later.")
+    return live.adapters[adapter]
+
+
+@contextmanager
+def _counted(live: LoadedVersion, voice: LoadedVersion | LoadedAdapter) -> Iterator[None]:
+    """Neither is let go of meanwhile."""
+    parts = (live,) if voice is live else (live, voice)
+    for part in parts:
+        part.num_streams += 1
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.num_streams -= 1
 
 
 def _tokens(batch: list[TokenChunk]) -> list[int]:
     return [token for chunk in batch for token in chunk.token_ids]
 
 
-def _generation(request: TextRequest, prompt_ids: tuple[int, ...], sampling: Sampling) -> GenerationRequest:
+def _generation(request: TextRequest, prompt_ids: tuple[int, ...], sampling: Sampling, adapter: str | None) -> GenerationRequest:
     return GenerationRequest(
         id=request.id,
         prompt_ids=prompt_ids,
@@ -214,6 +279,10 @@ def _generation(request: TextRequest, prompt_ids: tuple[int, ...], sampling: Sam
         min_tokens=request.min_tokens,
         logit_bias=request.logit_bias,
         num_beams=request.num_beams,
+        timeout_s=request.timeout_s,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+        adapter=adapter,
     )
 
 
@@ -232,12 +301,21 @@ def registry_host(args: ModelArgs) -> ModelHost:
 
     async def load(artifact: Artifact) -> LoadedVersion:
         codec = await asyncio.to_thread(TokenizerCodec, artifact, chat_template=Path(args.chat_template) if args.chat_template else None)
-        engine = await asyncio.to_thread(create_engine, artifact, args.engine, registry)
+        return await warmed(artifact, codec, await asyncio.to_thread(create_engine, artifact, args.engine, registry))
+
+    shelf = AdapterShelf(args.adapters, find=registry.resolve, codec=TokenizerCodec)
+    return ModelHost(args, find=lambda: registry.resolve(args.ref), load=load, shelf=shelf)
+
+
+async def warmed(artifact: Artifact, codec: Codec, engine: Engine) -> LoadedVersion:
+    """Started and ready; where that fails, the engine's memory, threads and actors are given back before the error goes on."""
+    try:
         await engine.start()
         await _warm_up(artifact, codec, engine)
-        return LoadedVersion(artifact, codec, engine)
-
-    return ModelHost(args, find=lambda: registry.resolve(args.ref), load=load)
+    except BaseException:
+        await engine.stop()
+        raise
+    return LoadedVersion(artifact, codec, engine)
 
 
 async def _warm_up(artifact: Artifact, codec: Codec, engine: Engine) -> None:

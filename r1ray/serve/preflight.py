@@ -31,6 +31,7 @@ def preflight(path: str | Path, *, settings: Settings | None = None, on: cluster
         InvalidValue, PortInUse, RegistryError, TemplateMismatch, CollectionNotFound, ClusterTooSmall: what would fail later.
     """
     args, http = read_app_args(path)
+    _check_times(args, http)
     cluster.check_port(str(http.get("host", "127.0.0.1")), int(http.get("port", 8000)))
     look_up(args.models, settings)
     if on is not None:
@@ -56,6 +57,15 @@ def read_app_args(path: str | Path) -> tuple[AppArgs, Mapping[str, Any]]:
         raise InvalidValue(f"{path}: args.{where}: {problem['msg']} (got {problem.get('input')!r}). Correct the value.") from error
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise InvalidValue(f"{path} is no Serve config with one application: {error!r}. Start from serve_config.yaml.") from error
+
+
+def _check_times(args: AppArgs, http: Mapping[str, Any]) -> None:
+    ours, proxys = args.router.request_timeout_s, http.get("request_timeout_s")
+    if ours is not None and proxys is not None and ours >= float(proxys):
+        raise InvalidValue(
+            f"router.request_timeout_s={ours:g} is not below http_options.request_timeout_s={float(proxys):g}: Serve's proxy would cut "
+            "answers before they end with an error object. Lower ours or raise the proxy's."
+        )
 
 
 def bundles_of(model: ModelArgs) -> list[dict[str, float]]:

@@ -21,7 +21,10 @@ FinishReason = Literal["stop", "length"]
 class TextRequest:
     """One generation. Exactly one of `messages`, `prompt` and `prompt_ids` is given; only messages see the chat template.
 
-    `overrides` holds the sampling fields that the request itself set; the replica puts them over its version's policy.
+    `adapter` is the model id of one that is served beside the model; None is the model itself.
+
+    `overrides` holds the sampling fields that the request itself set; the replica puts them over its version's policy. `timeout_s` counts
+    from when the replica has it. A lower `priority` starts sooner; only requests with the same `cache_salt` share computed prefixes.
     """
 
     id: str
@@ -34,6 +37,10 @@ class TextRequest:
     ignore_eos: bool = False
     logit_bias: tuple[tuple[int, float], ...] = ()
     num_beams: int = 1
+    timeout_s: float | None = None
+    priority: int = 0
+    cache_salt: str = ""
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +107,7 @@ class Backend(Protocol):
         """Closing the iterator aborts the generation."""
         ...
 
-    async def tokenize(self, text: str | None, messages: tuple[Message, ...]) -> tuple[int, ...]: ...
+    async def tokenize(self, text: str | None, messages: tuple[Message, ...], adapter: str | None = None) -> tuple[int, ...]: ...
 
     async def detokenize(self, token_ids: tuple[int, ...]) -> str: ...
 

@@ -45,8 +45,8 @@ class ModelReplica:
             async for event in events:
                 yield event
 
-    async def tokenize(self, text: str | None, messages: tuple[Message, ...]) -> tuple[int, ...]:
-        return await self._host.tokenize(text, messages)
+    async def tokenize(self, text: str | None, messages: tuple[Message, ...], adapter: str | None = None) -> tuple[int, ...]:
+        return await self._host.tokenize(text, messages, adapter)
 
     async def detokenize(self, token_ids: tuple[int, ...]) -> str:
         return await self._host.detokenize(token_ids)
@@ -90,8 +90,8 @@ class HandleBackend:
                     return
                 logger.warning("%s lost its replica before the first token; trying another", request.id)
 
-    async def tokenize(self, text: str | None, messages: tuple[Message, ...]) -> tuple[int, ...]:
-        found: tuple[int, ...] = await self._handle.tokenize.remote(text, messages)
+    async def tokenize(self, text: str | None, messages: tuple[Message, ...], adapter: str | None = None) -> tuple[int, ...]:
+        found: tuple[int, ...] = await self._handle.tokenize.remote(text, messages, adapter)
         return found
 
     async def detokenize(self, token_ids: tuple[int, ...]) -> str:
@@ -99,13 +99,18 @@ class HandleBackend:
         return found
 
     async def stats(self) -> BackendStats:
+        """Zeros where no replica runs: a call would wake a sleeping model, or wait for one that is being built."""
+        num_running, _ = await asyncio.to_thread(self._status)
+        if not num_running:
+            return BackendStats(ref="", pid=0, num_running=0, num_waiting=0, num_slots=0, num_free_slots=0)
         found: BackendStats = await self._handle.stats.remote()
         return found
 
     async def ready(self) -> bool:
         """Serve's own view of the deployment, asked at most once a second; a call to a replica would wake a sleeping model."""
         if time.monotonic() - self._asked_at >= READY_FOR_S:
-            self._ready = await asyncio.to_thread(self._ask)
+            num_running, is_healthy = await asyncio.to_thread(self._status)
+            self._ready = num_running > 0 or (self._may_sleep and is_healthy)
             self._asked_at = time.monotonic()
         return self._ready
 
@@ -128,7 +133,7 @@ class HandleBackend:
             return replica_lost()
         return fault_of(error)
 
-    def _ask(self) -> bool:
+    def _status(self) -> tuple[int, bool]:
+        """(replicas that run, whether the deployment is as it should be), as Serve sees it."""
         status = serve.status().applications[self._handle.app_name].deployments[self._handle.deployment_name]
-        num_running = status.replica_states.get("RUNNING", 0)
-        return num_running > 0 or (self._may_sleep and status.status == "HEALTHY")
+        return status.replica_states.get("RUNNING", 0), status.status == "HEALTHY"

@@ -69,6 +69,9 @@ class _GenerationBody(_Body):
     min_tokens: int | None = Field(default=None, ge=0)
     ignore_eos: bool | None = None
     num_beams: int | None = Field(default=None, ge=1)
+    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    priority: int | None = None
+    cache_salt: str | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     task: str | None = None

@@ -30,10 +30,11 @@ class Router:
         models: Mapping[str, DeploymentHandle],
         retrieval: DeploymentHandle | None = None,
     ) -> None:
-        sleepy = {model.id: model.autoscaling.min_replicas == 0 for model in args.models}
-        served = {
-            id_: Served(cards[id_], HandleBackend(handle, may_sleep=sleepy[id_]), collections.get(id_)) for id_, handle in models.items()
-        }
+        served = {}
+        for model in args.models:
+            backend = HandleBackend(models[model.id], may_sleep=model.autoscaling.min_replicas == 0)
+            for id_ in model.ids:
+                served[id_] = Served(cards[id_], backend, collections.get(id_), adapter=None if id_ == model.id else id_)
         meter = Meter([LogSink(logging.getLogger("ray.serve")), RaySink()])
         grounding = Grounding(HandleFinder(retrieval), args.retrieval) if retrieval is not None else None
         self._service = ChatService(served, args, meter, grounding)

@@ -160,7 +160,7 @@ def model_body(card: Card) -> dict[str, Any]:
         "created": card.created,
         "owned_by": "r1ray",
         "root": card.root,
-        "parent": None,
+        "parent": card.parent,
         "max_model_len": card.max_model_len,
         "permission": [],
     }

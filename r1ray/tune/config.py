@@ -63,8 +63,8 @@ class SamplingSweepConfig(Config):
     attach: bool = Field(default=True, description="Attach the winner to the version as its sampling policy.")
     task: str | None = Field(default=None, description="Attach it for this task only; null makes it the version's default.")
     num_actors: int = Field(default=1, ge=1, description="Copies of the model that measure side by side; they share the machine's cores.")
-    cpus_per_actor: float = Field(default=1, gt=0, description="Logical CPUs that one actor reserves.")
-    gpus_per_actor: float = Field(default=0, ge=0, description="GPUs that one actor reserves.")
+    cpus_per_actor: float = Field(default=1, gt=0, description="Logical CPUs that one actor reserves, beside engine.stage_cpus.")
+    gpus_per_actor: float = Field(default=0, ge=0, description="GPUs that one actor reserves, beside engine.stage_gpus.")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="The engine that serves the model while it is measured.")
     seed: int = Field(default=0, description="Of the search and of every generation.")
 
@@ -80,6 +80,16 @@ class SamplingSweepConfig(Config):
             for value in bounds(distribution):
                 Sampling.model_validate({key: value})
         return self
+
+    @property
+    def trial_bundles(self) -> list[dict[str, float]]:
+        """What one actor reserves: its own bundle, of which it holds all; one for the other tensor ranks of its stage, where the model
+        is split so; one per further stage, or vLLM's.
+        """
+        own = {"CPU": self.cpus_per_actor, "GPU": self.gpus_per_actor}
+        bundles = [own, self.engine.own_bundle, *self.engine.actor_bundles]
+        wanted = [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
+        return [bundle for bundle in wanted if bundle]
 
     @property
     def evaluation_data(self) -> DataConfig:
@@ -102,13 +112,21 @@ class HyperparameterSweepConfig(Config):
     num_samples: int = Field(default=12, ge=1, description="Trainings in all.")
     include_base: bool = Field(default=True, description="The first trial is `finetune` unchanged: what the others are compared with.")
     eval_share: float = Field(default=0.1, gt=0, lt=1, description="Share of the dialogues held out of every training.")
-    eval_limit: int = Field(default=64, ge=1, description="At most so many of them give the eval loss (of their last answer).")
+    eval_limit: int = Field(default=64, ge=1, description="At most so many of them give the eval loss, per token of their answers.")
     asha: AshaConfig | None = Field(default_factory=AshaConfig, description="Early stopping by training loss; null trains all to the end.")
     max_concurrent: int | None = Field(default=None, ge=1, description="Trials side by side; null: as many as the cluster can hold.")
     seed: int = Field(default=0, description="Of the search and of the split; the training's own seed is finetune.train.seed.")
 
     @model_validator(mode="after")
     def _consistent(self) -> HyperparameterSweepConfig:
+        train = self.finetune.train
+        if train.objective not in ("sft", "distill") or (train.objective == "distill" and train.distill.mode == "texts"):
+            raise ValueError(
+                f"finetune.train.objective is {train.objective}: the sweep compares losses on dialogues, which objective sft has, and "
+                "distill with mode logits; take one of them"
+            )
+        if any(key.startswith("train.objective") or key == "train.distill.mode" for key in self.space):
+            raise ValueError("space cannot hold train.objective or train.distill.mode: losses of different ones do not compare")
         check_keys(self.space, FinetuneConfig)
         for key, distribution in self.space.items():
             for value in bounds(distribution):

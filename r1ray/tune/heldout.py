@@ -1,10 +1,9 @@
-"""What a training of the sweep is judged by: dialogues held out of all trainings, and a trained model's loss on them. Knows no Ray."""
+"""What a training of the sweep is judged by: dialogues held out of all trainings. Knows no Ray and no model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from r1ray.data.config import DataConfig
 from r1ray.data.read import read_conversations
@@ -12,14 +11,10 @@ from r1ray.data.records import Loaded
 from r1ray.data.schema import data_hash
 from r1ray.data.split import hold_out
 from r1ray.errors import NothingToTrain
-from r1ray.train.tokens import TokenSet
 from r1ray.tune.config import HyperparameterSweepConfig
 from r1ray.types import Conversation
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-__all__ = ["divide", "held_out_loss"]
+__all__ = ["divide"]
 
 
 def divide(data: DataConfig, sweep: HyperparameterSweepConfig) -> tuple[Loaded, Loaded]:
@@ -33,18 +28,6 @@ def divide(data: DataConfig, sweep: HyperparameterSweepConfig) -> tuple[Loaded, 
     if not kept or not held:
         raise NothingToTrain(f"{len(kept)} dialogues to train on, {len(held)} held out by eval_share={sweep.eval_share:g}. Give more rows.")
     return _part(loaded, kept), _part(loaded, held[: sweep.eval_limit])
-
-
-def held_out_loss(model: PreTrainedModel, held_out: TokenSet) -> float:
-    """Mean negative log likelihood per token of the dialogues' last answers."""
-    from r1ray.evaluate.perplexity import Scored, answer_start, negative_log_likelihoods
-
-    texts = []
-    for ids, mask in zip(*held_out.rows(), strict=True):
-        start, end = answer_start(mask)
-        texts.append(Scored(ids[:end], start))
-    shares = negative_log_likelihoods(model, texts, batch_tokens=1024)
-    return sum(nll for nll, _ in shares) / sum(num_tokens for _, num_tokens in shares)
 
 
 def _part(loaded: Loaded, conversations: Sequence[Conversation]) -> Loaded:

@@ -15,7 +15,8 @@ from typing import Any
 
 from r1ray import cluster
 from r1ray.config import config_hash, dump_yaml
-from r1ray.errors import ClusterTooSmall, TuningError
+from r1ray.errors import TuningError
+from r1ray.model.dequantise import check_trainable
 from r1ray.registry import Registry
 from r1ray.settings import Settings
 from r1ray.train.config import FinetuneConfig
@@ -23,6 +24,7 @@ from r1ray.tune.config import HyperparameterSweepConfig
 from r1ray.tune.heldout import divide
 from r1ray.tune.record import SweepRecord, sweep_record
 from r1ray.tune.report import print_rows, write_rows
+from r1ray.tune.room import num_side_by_side
 
 __all__ = ["num_concurrent", "sweep_hyperparameters"]
 
@@ -34,9 +36,11 @@ def sweep_hyperparameters(config: HyperparameterSweepConfig, settings: Settings 
         ClusterTooSmall: not even one trial fits.
         NothingToTrain: too few dialogues to hold some out.
         TuningError: no trial reached its end.
+        UnsupportedModel: the base is quantised.
     """
     settings = settings or Settings()
     base = Registry(settings).resolve(config.finetune.base)
+    check_trainable(base)
     kept, held = divide(config.finetune.data, config)
     print(f"{len(kept.conversations)} dialogues to train on, {len(held.conversations)} held out", flush=True)
     identity = hashlib.sha256(f"{config_hash(config)}{base.manifest.weights_sha256}{kept.data_hash}".encode()).hexdigest()[:12]
@@ -55,7 +59,7 @@ def sweep_hyperparameters(config: HyperparameterSweepConfig, settings: Settings 
 
 
 def num_concurrent(config: HyperparameterSweepConfig, found: cluster.Cluster) -> int:
-    """Most trials whose drivers and workers all find room at once: with one more, drivers could hold what workers wait for.
+    """Most trials whose drivers and workers all find room at once.
 
     Raises:
         ClusterTooSmall: not even one.
@@ -64,15 +68,8 @@ def num_concurrent(config: HyperparameterSweepConfig, found: cluster.Cluster) ->
     from r1ray.tune.training import DRIVER_CPUS
 
     one = [{"CPU": DRIVER_CPUS}, *worker_bundles(config.finetune.train)]
-    cluster.check_placement(found, one, wanted_by="one training of the sweep")
-    most = 1
-    for num in range(2, (config.max_concurrent or config.num_samples) + 1):
-        try:
-            cluster.check_placement(found, one * num, wanted_by="the sweep")
-        except ClusterTooSmall:
-            break
-        most = num
-    return most
+    most = config.max_concurrent or config.num_samples
+    return num_side_by_side(found, one, most=most, wanted_by="the sweep", wanted_by_one="one training of the sweep")
 
 
 def _search(config: HyperparameterSweepConfig, settings: Settings, name: str) -> list[Any]:

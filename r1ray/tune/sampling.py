@@ -11,7 +11,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from r1ray.cluster import check_placement, connect, num_placeable
+from r1ray.cluster import connect
 from r1ray.config import config_hash
 from r1ray.data.read import read_conversations
 from r1ray.errors import TuningError
@@ -23,6 +23,7 @@ from r1ray.tune.pareto import best_within, front
 from r1ray.tune.profiles import PROFILES
 from r1ray.tune.record import SweepRecord, sweep_record
 from r1ray.tune.report import Setting, print_settings, write_front_plot, write_rows
+from r1ray.tune.room import num_side_by_side
 from r1ray.types import Artifact, Sampling, SamplingPolicy
 
 __all__ = ["choose", "sweep_sampling"]
@@ -81,10 +82,14 @@ def choose(settings: list[Setting], baseline: str, rule: RuleConfig) -> tuple[li
 def _measure(config: SamplingSweepConfig, artifact: Artifact, registry: Registry, name: str) -> list[Any]:
     """The finished trials' results, in order."""
     settings = registry.settings
-    cluster = connect(settings)
-    bundle = {"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}
-    check_placement(cluster, [bundle], wanted_by="the sampling sweep", remedy="Set cpus_per_actor and gpus_per_actor lower")
-    num_actors = min(config.num_actors, num_placeable(cluster, bundle))
+    num_actors = num_side_by_side(
+        connect(settings),
+        config.trial_bundles,
+        most=config.num_actors,
+        wanted_by="the sampling sweep",
+        wanted_by_one="an actor of the sampling sweep",
+        remedy="Set cpus_per_actor and gpus_per_actor lower",
+    )
     if num_actors < config.num_actors:
         print(f"num_actors={num_actors} instead of {config.num_actors}: that is what the cluster holds", flush=True)
     from ray import tune
@@ -106,7 +111,8 @@ def _measure(config: SamplingSweepConfig, artifact: Artifact, registry: Registry
     )
     known = KnownVersions(registry.lineage(artifact.ref), settings)
     trainable = tune.with_parameters(SamplingTrial, sweep=config, artifact=artifact, registry=known)
-    outcome = run_sweep(sweep, tune.with_resources(trainable, {key: value for key, value in bundle.items() if value}), searcher)
+    # the engine's own actors find their bundles beside the trial's: its children cannot leave its placement group
+    outcome = run_sweep(sweep, tune.with_resources(trainable, tune.PlacementGroupFactory(config.trial_bundles)), searcher)
     print(f"{len(outcome.results)} settings in {outcome.seconds:.0f} s{' (resumed)' if outcome.resumed else ''}", flush=True)
     return [result for result in outcome.results if result.error is None and "quality" in (result.metrics or {})]
 

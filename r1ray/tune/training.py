@@ -1,4 +1,4 @@
-"""One trial of the hyperparameter sweep: a real training on part of the data, its loss on the held-out part at the end.
+"""One trial of the hyperparameter sweep: a real training on part of the data, measured on the held-out part by its own workers.
 
 A Ray Tune function that starts a Ray Train run of the same workers as jobs/finetune.py. The workers' reports reach Tune as they come,
 so that a scheduler can stop the trial; a trial that is started again goes on from its last checkpoint. Registers nothing.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,16 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from r1ray import cluster
 from r1ray.errors import TrainingError
-from r1ray.model.load import load_model
 from r1ray.registry import Registry
 from r1ray.settings import Settings
-from r1ray.train import checkpoint
 from r1ray.train.config import FinetuneConfig
 from r1ray.train.fit import fit
 from r1ray.train.order import WorkOrder, resolve_order
-from r1ray.train.tokens import TokenSet, tokenise
+from r1ray.train.progress import curve
+from r1ray.train.standing import MARK
+from r1ray.train.tokens import tokenise
 from r1ray.tune.config import HyperparameterSweepConfig
-from r1ray.tune.heldout import divide, held_out_loss
+from r1ray.tune.heldout import divide
 
 __all__ = ["DRIVER_CPUS", "train_trial"]
 
@@ -41,23 +43,22 @@ def train_trial(config: dict[str, Any], sweep: HyperparameterSweepConfig, runs: 
     cluster.prepare_environment()
     chosen = sweep.trial(config["values"])
     directory = runs / str(tune.get_context().get_trial_id())
-    order, held_out = _prepare(chosen, sweep, directory, num_concurrent, settings)
+    order = _prepare(chosen, sweep, directory, num_concurrent, settings)
     directory.mkdir(parents=True, exist_ok=True)
     summary = fit(order, callbacks=[TuneReportCallback()], outlived=True)
-    last = checkpoint.last_good(directory)
-    assert last is not None, "training ends with a checkpoint"
-    loss = held_out_loss(_trained_model(order, last[0]), held_out)
-    shutil.rmtree(last[0])
-    tune.report({"step": summary["step"], "loss": _last_loss(order), "seconds": summary["elapsed_s"], "eval_loss": loss})
+    loss, eval_loss = _losses(order)
+    shutil.rmtree(directory)  # nothing resumes it from here on
+    tune.report({"step": summary["step"], "loss": loss, "seconds": summary["elapsed_s"], "eval_loss": eval_loss})
 
 
 def _prepare(
     config: FinetuneConfig, sweep: HyperparameterSweepConfig, directory: Path, num_concurrent: int, settings: Settings
-) -> tuple[WorkOrder, TokenSet]:
+) -> WorkOrder:
+    """The workers measure the sweep's held-out rows, the same ones in every trial: at the end, and as often as train.eval_share wants."""
     base = Registry(settings).resolve(config.base)
-    sets = [
+    trained, held_out = (
         tokenise(part, base, config.data, max_length=config.train.max_length, cache=settings.cache) for part in divide(config.data, sweep)
-    ]
+    )
     train = config.train
     threads = train.threads_per_worker or max(1, (os.cpu_count() or 1) // (train.min_workers * num_concurrent))
     once = {
@@ -66,31 +67,17 @@ def _prepare(
         "max_failures": 0,
         "checkpoint_every_seconds": None,
         "num_checkpoints": 1,
+        "eval_share": 0.0,  # the sweep has held rows out already
     }
-    return resolve_order(train.model_copy(update=once), base, sets[0], directory, settings, _log.info), sets[1]
+    order = resolve_order(train.model_copy(update=once), base, trained, directory, settings, _log.info)
+    measuring = {"eval_share": sweep.eval_share, "eval_every_steps": train.eval_every_steps if train.eval_share else sys.maxsize}
+    return replace(order, config=order.config.model_copy(update=measuring), held_out=held_out)
 
 
-def _last_loss(order: WorkOrder) -> float:
-    from r1ray.train.progress import curve
-
+def _losses(order: WorkOrder) -> tuple[float, float]:
+    """(of the last step, the lowest on what was held out: of the step that jobs/finetune.py would register)."""
     steps = curve(order.run_directory)
-    if not steps:
-        raise TrainingError(f"Trial {order.run} left no learning curve in {order.run_directory}. This is a defect.")
-    return steps[-1].loss
-
-
-def _trained_model(order: WorkOrder, trained: Path) -> Any:
-    import torch
-
-    torch.set_num_threads(order.config.threads_per_worker or 1)
-    if order.config.method == "full":
-        from transformers import AutoModelForCausalLM
-
-        from r1ray.train.consolidate import with_weights
-
-        with_weights(trained, order.dtype)
-        return AutoModelForCausalLM.from_pretrained(trained, dtype=getattr(torch, order.dtype)).eval()
-    from peft import PeftModel
-
-    base = load_model(order.base, registry=Registry(order.settings), dtype=order.dtype)  # type: ignore[arg-type]
-    return PeftModel.from_pretrained(base, str(trained)).eval()
+    measured = [step.marks[MARK] for step in steps if MARK in step.marks]
+    if not measured:
+        raise TrainingError(f"Trial {order.run} left no held-out loss in {order.run_directory}. This is a defect.")
+    return steps[-1].loss, min(measured)

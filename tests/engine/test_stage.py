@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from r1ray.engine.actors import _placement
 from r1ray.engine.backend import Piece
+from r1ray.engine.memory import CacheWish
 from r1ray.engine.paged import TransformersBackend
 from r1ray.engine.partial import load_layers
 from r1ray.engine.pipeline import Host, _free_port, passes_at_once
-from r1ray.engine.stage import ROW, Link, Place, StageOrder, decode_pass, encode_pass
+from r1ray.engine.stage import ROW, Link, Place, StageOrder, decode_pass, encode_pass, orders_by_rank
 from r1ray.errors import UnsupportedModel
 
 numbers = st.lists(st.integers(0, 2**31 - 1), max_size=5)
@@ -70,8 +74,7 @@ def test_stages_that_share_cores_take_turns(num_threads, machines, device, expec
         layers=(0, 1),
         precision="float32",
         native=False,
-        num_blocks=2,
-        context=8,
+        wish=CacheWish(num_slots=1, context=8),
         num_threads=num_threads,
         device=device,
         place=Place(num_stages=len(machines)),
@@ -85,3 +88,28 @@ def test_a_missing_tensor_is_named(tiny_llama, tmp_path):
     save_file({"model.norm.weight": torch.ones(64)}, tmp_path / "model.safetensors")
     with pytest.raises(UnsupportedModel, match=r"model\.layers\.1\.\S+"):
         load_layers(tmp_path, AutoConfig.from_pretrained(tiny_llama), torch.float32, (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "num_tensor", "num_bundles", "bundles"),
+    [
+        (3, 1, 3, [1, 2]),
+        (2, 2, 2, [0, 1, 1]),  # a Serve replica: the other ranks of its stage lie in its own bundle
+        (2, 2, 3, [1, 2, 2]),  # a trial of a sweep holds all of bundle 0
+        (1, 3, 2, [1, 1]),
+        (3, 1, 1, []),  # a bundle that says nothing of stages
+    ],
+)
+def test_each_rank_has_its_bundle(num_stages, num_tensor, num_bundles, bundles):
+    order = StageOrder(
+        directory=Path(),
+        adapter=None,
+        layers=(0, 1),
+        precision="float32",
+        native=False,
+        wish=CacheWish(num_slots=1, context=64),
+        num_threads=1,
+    )
+    orders = orders_by_rank(order, [(0, 1)] * num_stages, num_tensor)
+    found = [_placement(SimpleNamespace(bundle_count=num_bundles), order.place) for order in orders[1:]]
+    assert [options["scheduling_strategy"].placement_group_bundle_index for options in found if options] == bundles

@@ -63,6 +63,21 @@ def test_a_sampling_sweep_measures_chooses_records_and_attaches(ray_cluster, dem
     assert "[4/4] search-2: quality" in out
 
 
+def test_the_stages_of_a_split_model_find_room_beside_their_trial(ray_cluster, demo, model, capsys):
+    """A trial holds all of its own bundle, and what it starts cannot leave its placement group."""
+    import ray
+
+    num_cpus = ray.available_resources()["CPU"]
+    stages = ["engine.stages=2", "engine.num_threads=1", "engine.stage_cpus=0.5", "cpus_per_actor=0.5", "attach=false"]
+    found = sweep_sampling(config(demo, model, "num_samples=2", "candidates=[greedy]", *stages), ray_cluster.settings)
+    assert [s.name for s in found] == ["greedy", "search-1"]
+    assert all(s.latency_s > 0 for s in found)
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != num_cpus and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == num_cpus, "the stages went with their trial"
+
+
 KILLED_SWEEP = """
 import sys
 from r1ray.config import load_config
@@ -128,7 +143,7 @@ def test_a_hyperparameter_sweep_stops_the_hopeless_and_frees_what_they_held(ray_
     path = out.rsplit("--config ", 1)[1].split()[0]
     assert load_config(FinetuneConfig, path) == best
     assert "tuned-tiny" not in {registered.name for registered in Registry(settings).models()}
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while ray.available_resources().get("CPU") != num_cpus and time.monotonic() < deadline:
         time.sleep(0.5)
     assert ray.available_resources()["CPU"] == num_cpus

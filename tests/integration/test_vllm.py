@@ -22,7 +22,17 @@ import pytest
 
 from r1ray.engine.config import EngineConfig, VllmConfig
 from r1ray.engine.protocol import Engine, GenerationRequest, TokenChunk
-from r1ray.errors import AdapterMismatch, EngineStopped, InvalidRequest, InvalidValue, PromptTooLong, QueueFull, R1RayError, UnknownAdapter
+from r1ray.errors import (
+    AdapterMismatch,
+    DeadlineExceeded,
+    EngineStopped,
+    InvalidRequest,
+    InvalidValue,
+    PromptTooLong,
+    QueueFull,
+    R1RayError,
+    UnknownAdapter,
+)
 from r1ray.types import Artifact, Sampling
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
@@ -247,6 +257,7 @@ def test_a_bad_request_is_an_error_for_itself_alone(vllm: Running) -> None:
         (request("empty", ()), InvalidRequest, "empty prompt"),
         (request("long", (5,) * engine.context_length), PromptTooLong, f"{engine.context_length} tokens"),
         (request("outside", (5, 99999)), InvalidRequest, "99999"),
+        (request("stops", stop_token_ids=(99999,)), InvalidRequest, "stops at token id 99999"),
         (request("running"), InvalidRequest, "running already"),
         (request("masked", mask=lambda _drawn: None), InvalidRequest, "mask"),
         (request("adapted", adapter="x"), UnknownAdapter, "'x'"),
@@ -261,6 +272,20 @@ def test_a_bad_request_is_an_error_for_itself_alone(vllm: Running) -> None:
         return await good
 
     assert len(vllm.run(scenario)) == 100
+
+
+def test_a_request_over_its_time_ends_with_an_error_and_frees_its_slot(vllm: Running) -> None:
+    engine = vllm.engine
+
+    async def scenario() -> list[int]:
+        with pytest.raises(DeadlineExceeded, match=r"late was not done within its 0\.2 s"):
+            await tokens(engine, request("late", num=400, timeout_s=0.2))
+        assert engine.stats().num_free_slots == 4
+        return await tokens(engine, request("after", timeout_s=60))
+
+    failed = engine.stats().num_failed
+    assert vllm.run(scenario) == greedy(vllm.model, PROMPT, 12)
+    assert engine.stats().num_failed == failed + 1
 
 
 def test_one_request_too_many_is_refused(vllm: Running) -> None:

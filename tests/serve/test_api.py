@@ -309,3 +309,29 @@ def test_retrieval_shows_the_model_the_passages_and_can_be_switched_off(serve_fa
     assert "[webpage 1 begin]挂失请拨打热线。[webpage 1 end]" in grounded.choices[0].message.content
     plain = client.chat.completions.create(model="fake", messages=HELLO, extra_body={"retrieval": False})
     assert plain.choices[0].message.content == "<user>你好<assistant>" and not hasattr(plain, "retrieved")
+
+
+def test_an_answer_over_its_time_ends_with_an_error_object(serve_fake, fakes) -> None:
+    server = serve_fake(answer=fakes.says("x" * 500), token_delay_s=0.01)
+    found = events(post(server, "/v1/chat/completions", model="fake", messages=HELLO, stream=True, timeout=0.2))
+    assert found[-1] == "[DONE]"
+    assert {key: found[-2]["error"][key] for key in ("type", "code")} == {"type": "timeout", "code": "deadline_exceeded"}
+    assert any(chunk["choices"][0]["delta"].get("content") for chunk in found[:-2])
+    whole = post(server, "/v1/completions", model="fake", prompt="abc", max_tokens=400, timeout=0.2)
+    assert (whole.status_code, whole.json()["error"]["type"]) == (504, "timeout")
+    assert wait_until(lambda: server.engine.stats().num_running == 0)
+    assert [record.outcome for record in server.sink.records] == ["deadline_exceeded"] * 2
+
+
+def test_the_services_own_limit_holds_for_a_request_that_waits_and_is_not_lifted_by_it(serve_fake, fakes) -> None:
+    server = serve_fake(answer=fakes.says("x" * 500), token_delay_s=0.01, num_slots=1, router={"request_timeout_s": 0.4})
+    blocker = threading.Thread(target=post, args=(server, "/v1/completions"), kwargs={"model": "fake", "prompt": "a", "max_tokens": 400})
+    blocker.start()
+    assert wait_until(lambda: server.engine.stats().num_running == 1)
+    began = time.monotonic()
+    waiting = post(server, "/v1/completions", model="fake", prompt="abc", timeout=0.1)
+    assert waiting.status_code == 504 and time.monotonic() - began < 0.4
+    blocker.join()
+    longer = post(server, "/v1/completions", model="fake", prompt="abc", max_tokens=400, timeout=60)
+    assert longer.status_code == 504 and "0.4 s" in longer.json()["error"]["message"]
+    assert post(server, "/v1/completions", model="fake", prompt="abc", timeout=0).json()["error"]["param"] == "timeout"

@@ -133,3 +133,18 @@ def test_what_serving_would_miss_is_found_before_serve_starts(tmp_path: Path, se
         preflight(good, settings=settings, on=small)
     with pytest.raises(CollectionNotFound):
         preflight(write(tmp_path, ref="tiny", collection="nowhere"), settings=settings)
+
+
+def test_a_replica_that_leaves_has_as_long_for_its_streams_as_an_old_version() -> None:
+    from r1ray.serve.app import _model_options
+
+    assert _model_options(ModelArgs(id="a", ref="a@1", drain_timeout_s=1234.0))["graceful_shutdown_timeout_s"] == 1234
+
+
+def test_the_proxy_must_not_cut_before_requests_are_over_time(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    tree["http_options"]["request_timeout_s"] = 60
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    with pytest.raises(InvalidValue, match=r"router\.request_timeout_s=1790 is not below http_options\.request_timeout_s=60"):
+        preflight(path)

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from r1ray.errors import EngineStopped
+from r1ray.engine.fake import FakeEngine
+from r1ray.errors import EngineStopped, PromptTooLong
+from r1ray.serve.host import warmed
 from r1ray.serve.protocol import Delta, Done, Fault, TextRequest
 from r1ray.types import Message, Sampling, SamplingPolicy
 
@@ -162,3 +164,27 @@ def test_prompts_of_every_kind_reach_the_engine(fakes) -> None:
         ]
 
     assert asyncio.run(run()) == ["text", "hi", tuple(b"<user>a<assistant>")]
+
+
+def test_what_only_the_engine_needs_reaches_it(fakes) -> None:
+    async def run():
+        shelf = fakes.Shelf(fakes.make_artifact())
+        host = shelf.host()
+        await host.start()
+        seen = []
+        generate = shelf.engines[0].generate
+        shelf.engines[0].generate = lambda request: (seen.append(request), generate(request))[1]
+        assert isinstance([event async for event in host.stream(ask(timeout_s=5.0, priority=-2, cache_salt="tenant"))][-1], Done)
+        return seen[0].timeout_s, seen[0].priority, seen[0].cache_salt
+
+    assert asyncio.run(run()) == (5.0, -2, "tenant")
+
+
+def test_a_version_that_fails_while_it_warms_up_gives_its_engine_back(fakes) -> None:
+    async def run():
+        engine = FakeEngine(context_length=1)  # no prompt fits
+        with pytest.raises(PromptTooLong):
+            await warmed(fakes.make_artifact(2), fakes.ByteCodec(), engine)
+        return engine.stats().state
+
+    assert asyncio.run(run()) == "stopped"

@@ -7,7 +7,7 @@ import asyncio
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
-from r1ray.serve.protocol import Delta, Done, Fault, TextRequest
+from r1ray.serve.protocol import BackendStats, Delta, Done, Fault, TextRequest
 from r1ray.serve.replica import HandleBackend
 
 DELTA = Delta(content="x", num_tokens=1)
@@ -97,3 +97,33 @@ def test_a_reader_that_leaves_cancels_the_call_and_one_that_stays_does_not() -> 
     play(left, num_read=1)
     play(stayed)
     assert left.calls[0].cancelled and not stayed.calls[0].cancelled
+
+
+class Counted(HandleBackend):
+    """Serve's view of the deployment, as a test wants it."""
+
+    num_running = 0
+
+    def _status(self) -> tuple[int, bool]:
+        return self.num_running, True
+
+
+def test_load_is_zero_where_no_replica_runs_and_wakes_none() -> None:
+    calls = []
+
+    class Stats:
+        async def _answer(self) -> BackendStats:
+            return BackendStats(ref="m@3", pid=7, num_running=1, num_waiting=0, num_slots=4, num_free_slots=3)
+
+        def remote(self):
+            calls.append(True)
+            return self._answer()
+
+    handle = Handle()
+    handle.stats = Stats()
+    backend = Counted(handle, may_sleep=True)
+    asleep = asyncio.run(backend.stats())
+    assert (asleep.num_slots, asleep.num_running, asleep.ref, calls) == (0, 0, "", [])
+    assert asyncio.run(backend.ready())
+    backend.num_running = 1
+    assert (asyncio.run(backend.stats()).ref, calls) == ("m@3", [True])

@@ -44,3 +44,20 @@ def test_as_many_trials_run_at_once_as_find_room_for_all_their_workers():
 def test_the_same_sweep_is_read_from_its_config_file():
     config = load_config(HyperparameterSweepConfig, "jobs/configs/sweep_hyperparameters.yaml")
     assert set(config.space) == {"train.learning_rate", "train.lora.rank", "train.warmup_share"}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["finetune.train.objective=dpo"],
+        ["finetune.train.objective=distill", "finetune.train.distill={teacher: t@1, mode: texts}"],
+    ],
+)
+def test_an_objective_without_a_loss_on_dialogues_is_refused(overrides):
+    with pytest.raises(InvalidValue, match="the sweep compares losses on dialogues"):
+        sweep(*overrides)
+
+
+def test_trials_of_different_objectives_are_not_compared():
+    with pytest.raises(InvalidValue, match=r"cannot hold train\.objective"):
+        sweep(space="{train.objective: {type: choice, values: [sft]}}")

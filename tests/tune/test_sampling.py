@@ -4,10 +4,12 @@ import math
 
 import pytest
 
+from r1ray.cluster import Cluster, Node
 from r1ray.config import load_config
-from r1ray.errors import TuningError
+from r1ray.errors import ClusterTooSmall, TuningError
 from r1ray.tune.config import RuleConfig, SamplingSweepConfig
 from r1ray.tune.report import Setting
+from r1ray.tune.room import num_side_by_side
 from r1ray.tune.sampling import choose, sweep_name
 from r1ray.types import Artifact, Manifest, Sampling, TemplateInfo
 
@@ -53,3 +55,26 @@ def test_a_new_rule_names_the_same_sweep_and_new_weights_or_rows_another(tmp_pat
     assert name != sweep_name(sweep("limit=3"), artifact(tmp_path), "rows")
     assert name != sweep_name(sweep(), artifact(tmp_path, weights="b"), "rows")
     assert name != sweep_name(sweep(), artifact(tmp_path), "other rows")
+
+
+def test_an_actor_reserves_what_its_engine_spreads_out():
+    def bundles(*overrides):
+        return load_config(SamplingSweepConfig, None, ["model=a@1", "data.path=x.parquet", "cpus_per_actor=2", *overrides]).trial_bundles
+
+    assert bundles() == [{"CPU": 2}]
+    assert bundles("engine.stages=3", "engine.stage_cpus=4") == [{"CPU": 2}, {"CPU": 4}, {"CPU": 4}]
+    split = ["gpus_per_actor=1", "engine.stages=2", "engine.tensor_parallel=4", "engine.stage_gpus=1"]
+    assert bundles(*split) == [{"CPU": 2, "GPU": 1}, {"CPU": 3, "GPU": 3}, {"CPU": 4, "GPU": 4}]
+    vllm = ["engine.type=vllm", "engine.tensor_parallel=2", "engine.stage_gpus=1"]
+    assert bundles(*vllm) == [{"CPU": 2}, {"CPU": 2, "GPU": 2}]
+    assert bundles("engine.stages=2", "engine.stage_cpus=0") == [{"CPU": 2}]
+
+
+def test_as_many_actors_run_as_find_room_with_all_their_stages():
+    config = load_config(SamplingSweepConfig, None, ["model=a@1", "data.path=x.parquet", "engine.stages=2"])
+    cluster = Cluster(address="here", nodes=tuple(Node(id=str(i), resources={"CPU": 3.0}) for i in range(2)))
+    words = {"wanted_by": "the sweep", "wanted_by_one": "an actor", "remedy": "Set cpus_per_actor lower"}
+    assert num_side_by_side(cluster, config.trial_bundles, most=8, **words) == 3
+    assert num_side_by_side(cluster, config.trial_bundles, most=2, **words) == 2
+    with pytest.raises(ClusterTooSmall, match="an actor wants"):
+        num_side_by_side(cluster, [{"CPU": 4.0}], most=2, **words)

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from r1ray.data.read import read_conversations
 from r1ray.engine.create import create_engine
+from r1ray.engine.hardware import choose_device
 from r1ray.engine.offline import generate_all
 from r1ray.engine.protocol import Engine, GenerationRequest
 from r1ray.errors import PromotionRefused, RegistryError
@@ -118,7 +119,8 @@ def _checks(hearing: _Hearing) -> list[Check]:
     merge = hearing.config.merge
     if merge is not None and can_be_merged(hearing.candidate):
         first = next(iter(hearing.sets.values()))
-        agreement = merge_agreement(hearing.candidate, first[: merge.num_prompts], hearing.registry)
+        device = choose_device(hearing.config.engine.device)
+        agreement = merge_agreement(hearing.candidate, first[: merge.num_prompts], hearing.registry, device=device)
         said = f"merged and unmerged predict the same token {agreement:.4g} of the time, at least {merge.at_least:g} wanted"
         checks.append(Check(what="merge", passed=agreement >= merge.at_least, value=agreement, limit=merge.at_least, said=said))
     return checks

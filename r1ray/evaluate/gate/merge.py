@@ -27,15 +27,15 @@ def can_be_merged(artifact: Artifact) -> bool:
     return artifact.manifest.kind == "adapter" and soft_kind(artifact.path) is None
 
 
-def merge_agreement(artifact: Artifact, dialogues: Sequence[Conversation], registry: Registry) -> float:
+def merge_agreement(artifact: Artifact, dialogues: Sequence[Conversation], registry: Registry, *, device: str = "cpu") -> float:
     """Share of the assistant's tokens before which the merged and the unmerged model think the same next token the likeliest."""
     tokenizer = training_tokenizer(artifact)
     texts = []
     for dialogue in dialogues:
         ids, mask = training_ids(tokenizer, dialogue.messages, system_prompt=artifact.manifest.system_prompt)
         texts.append((ids[:_LONGEST], mask[:_LONGEST]))
-    apart = _predictions(load_model(artifact, registry=registry, merge=False), texts)
-    merged = _predictions(load_model(artifact, registry=registry), texts)
+    apart = _predictions(load_model(artifact, registry=registry, device=device, merge=False), texts)
+    merged = _predictions(load_model(artifact, registry=registry, device=device), texts)
     same = sum(int((a == b).sum()) for a, b in zip(apart, merged, strict=True))
     return same / max(1, sum(len(a) for a in apart))
 
@@ -47,6 +47,6 @@ def _predictions(model: Any, texts: Sequence[tuple[Sequence[int], Sequence[int]]
     found = []
     with torch.inference_mode():
         for ids, mask in texts:
-            likeliest = model(input_ids=torch.tensor([list(ids)])).logits[0].argmax(-1)
+            likeliest = model(input_ids=torch.tensor([list(ids)], device=model.device)).logits[0].argmax(-1).cpu()
             found.append(likeliest[:-1][torch.tensor(list(mask[1:]), dtype=torch.bool)])
     return found
