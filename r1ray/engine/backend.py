@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-__all__ = ["BLOCK_SIZE", "Backend", "Immediate", "Piece"]
+__all__ = ["BLOCK_SIZE", "OUT_OF_MEMORY", "Backend", "Immediate", "Piece"]
+
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+"""What `submit` may raise and be asked again for less: nothing of the pass counts as written."""
 
 BLOCK_SIZE = 32
 """Positions of a KV block; the native kernels' panels are as wide."""

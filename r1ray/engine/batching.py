@@ -31,8 +31,9 @@ from r1ray.engine.config import EngineConfig
 from r1ray.engine.deadlines import Deadlines, deadline_of, over_time
 from r1ray.engine.loaded import LoadedAdapters
 from r1ray.engine.mailbox import Mailbox, chunks_of, deliver
-from r1ray.engine.passes import chunk_of, piece_of, scored
+from r1ray.engine.passes import chunk_of, scored
 from r1ray.engine.protocol import EngineState, EngineStats, GenerationRequest, TokenChunk
+from r1ray.engine.relief import Relief
 from r1ray.engine.sampler import Drawn, NoToken, new_rng, sample
 from r1ray.engine.scheduler import Scheduler, Segment, Stream
 from r1ray.errors import EngineStopped, GenerationFailed, InvalidRequest, QueueFull, R1RayError
@@ -73,6 +74,7 @@ class BatchingEngine:
         objective_s = None if config.tpot_objective_ms is None else config.tpot_objective_ms / 1000
         self._cap = BatchCap(least=config.min_slots, most=config.num_slots, objective_s=objective_s)
         self._scheduler.limit = self._cap.value
+        self._relief = Relief(backend, self._scheduler)
         self._state: EngineState = "new"
         self._error: str | None = None
         self._lock = threading.Lock()
@@ -290,7 +292,13 @@ class BatchingEngine:
         while len(self._under_way) < self._backend.depth and (plan := self._scheduler.plan()):
             if doubted := self._pool.take_doubted():
                 self._backend.clear(doubted)
-            self._under_way.append((plan, self._backend.submit([piece_of(segment) for segment in plan])))
+            try:
+                submitted = self._relief.submit(plan)
+            except GenerationFailed as error:
+                self._close(plan[0].stream, error, "failed")
+                continue
+            if submitted is not None:
+                self._under_way.append((plan, submitted))
         if not self._under_way:
             self._flush()
             return

@@ -6,29 +6,25 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-import psutil
-
-from r1ray.engine.backend import BLOCK_SIZE
 from r1ray.engine.config import EngineConfig
-from r1ray.engine.hardware import choose_device, choose_threads
+from r1ray.engine.hardware import choose_threads, engine_device
 from r1ray.engine.kinds import check_kind
+from r1ray.engine.memory import CacheWish, blocks_for, num_kv_blocks
 from r1ray.engine.protocol import Engine
 from r1ray.errors import UnsupportedModel
 from r1ray.types import Artifact
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from r1ray.engine.backend import Backend
     from r1ray.engine.native.weights import Precision
     from r1ray.model.checkpoint import Tensors
     from r1ray.registry import Registry
 
-__all__ = ["create_engine", "num_kv_blocks"]
+__all__ = ["create_engine"]
 
 log = logging.getLogger(__name__)
-
-KV_SHARE = {"cpu": 0.15, "cuda": 0.8}  # of the free memory, where the config does not say
 
 
 def create_engine(artifact: Artifact, config: EngineConfig, registry: Registry) -> Engine:
@@ -100,7 +96,7 @@ def _onnx(artifact: Artifact, config: EngineConfig, shape: PretrainedConfig) -> 
     held = torch.float32 if device == "cpu" else torch.float16
     options = OnnxOptions(
         precision=precision,
-        num_blocks=num_kv_blocks(config, 2 * kv_bytes_per_token(shape, held), torch.device(device).type),  # blocks and rows
+        num_blocks=num_kv_blocks(config, 2 * kv_bytes_per_token(shape, held), device),  # blocks and rows
         num_rows=config.num_slots,
         context=config.max_context,
         num_threads=config.num_threads,
@@ -113,7 +109,9 @@ def _onnx(artifact: Artifact, config: EngineConfig, shape: PretrainedConfig) -> 
 def _backend(artifact: Artifact, config: EngineConfig, registry: Registry, shape: PretrainedConfig) -> Backend:
     precision = _native_precision(artifact, config, registry, shape)
     if config.stages * config.tensor_parallel > 1:
-        return _pipeline(artifact, config, registry, shape, precision)
+        from r1ray.engine.split import create_split
+
+        return create_split(artifact, config, registry, shape, precision)
     if precision is not None:
         return _native(artifact, config, registry, shape, precision)
     return _transformers(artifact, config, registry)
@@ -138,8 +136,8 @@ def _native_precision(artifact: Artifact, config: EngineConfig, registry: Regist
     precision = _calibrated(artifact, registry) if config.dtype == "auto" else config.dtype
     if config.backend == "transformers":
         why: str | None = "engine.backend says transformers"
-    elif choose_device(config.device) != "cpu":
-        why = f"the device is {choose_device(config.device)}"
+    elif (device := engine_device(config)) != "cpu":
+        why = f"the device is {device}"
     elif config.tensor_parallel > 1:
         why = f"engine.tensor_parallel={config.tensor_parallel}, and the native kernels compute whole layers only"
     else:
@@ -158,85 +156,13 @@ def _native_precision(artifact: Artifact, config: EngineConfig, registry: Regist
 
 
 def _native(artifact: Artifact, config: EngineConfig, registry: Registry, shape: PretrainedConfig, precision: Precision) -> Backend:
-    from r1ray.engine.native.model import NativeModel, NativeOptions, Shape, kv_bytes_per_token
+    from r1ray.engine.native.model import NativeModel, NativeOptions
 
     assert config.max_context is not None and config.num_threads is not None, "create_engine has filled them in"
-    bytes_per_token = kv_bytes_per_token(Shape.of(shape), precision)
-    options = NativeOptions(
-        precision=precision,
-        num_blocks=num_kv_blocks(config, bytes_per_token, "cpu"),
-        context=config.max_context,
-        num_threads=config.num_threads,
-    )
-    return NativeModel(shape, _tensors(artifact, registry, "float32" if precision == "float32" else "auto"), options)
-
-
-def _pipeline(
-    artifact: Artifact, config: EngineConfig, registry: Registry, shape: PretrainedConfig, precision: Precision | None
-) -> Backend:
-    """Ranks that read their own tensors from the artifact's files, which every node must see under the same path."""
-    import torch
-
-    from r1ray.engine.actors import StageActors
-    from r1ray.engine.native.model import Shape
-    from r1ray.engine.native.model import kv_bytes_per_token as native_bytes
-    from r1ray.engine.paged import kv_bytes_per_token
-    from r1ray.engine.pipeline import PipelineBackend
-    from r1ray.engine.stage import StageOrder, orders_by_rank
-    from r1ray.model.load import base_of, choose_dtype
-    from r1ray.model.lora import why_not_plain
-
-    is_adapter = artifact.manifest.kind == "adapter"
-    if is_adapter and (precision is None or why_not_plain(artifact.path)):
-        raise UnsupportedModel(
-            f"{artifact.ref} is an adapter that cannot be merged layer by layer. Merge it first, "
-            "or set engine.stages=1 and engine.tensor_parallel=1."
-        )
-    directory = base_of(artifact, registry).path if is_adapter else artifact.path
-    if config.tensor_parallel > 1:
-        _check_split(directory, config.tensor_parallel)
-    device = choose_device(config.device)
-    held = "bfloat16" if config.dtype in ("int8", "int4") else config.dtype  # of layers that the kernels do not run
-    wanted = choose_dtype(device)[0] if held == "auto" else getattr(torch, held)
-    if precision:
-        bytes_per_token = native_bytes(Shape.of(shape), precision)
-    else:
-        bytes_per_token = kv_bytes_per_token(shape, wanted, num_tensor=config.tensor_parallel)
-    assert config.max_context is not None and config.num_threads is not None, "create_engine has filled them in"
-    order = StageOrder(
-        directory=directory,
-        adapter=artifact.path if is_adapter else None,
-        layers=(0, shape.num_hidden_layers),
-        precision=precision or str(wanted).removeprefix("torch."),
-        native=precision is not None,
-        num_blocks=num_kv_blocks(config, bytes_per_token // config.stages, torch.device(device).type),
-        context=config.max_context,
-        num_threads=config.num_threads,
-        device=device,
-    )
-    ranges = _split(shape, config.stages)
-    log.info("pipeline: layers %s, over %d tensor ranks", ", ".join(f"{a}-{b - 1}" for a, b in ranges), config.tensor_parallel)
-    workers = StageActors({"num_cpus": config.stage_cpus, "num_gpus": config.stage_gpus})
-    return PipelineBackend(orders_by_rank(order, ranges, config.tensor_parallel), hidden=shape.hidden_size, workers=workers)
-
-
-def _check_split(directory: Path, num_tensor: int) -> None:
-    """On transformers' own configuration, which has its plan: `shape` may be a plain one."""
-    from transformers import AutoConfig
-
-    from r1ray.engine.tensor import check_split
-
-    check_split(AutoConfig.from_pretrained(directory), num_tensor)
-
-
-def _split(shape: PretrainedConfig, num_stages: int) -> list[tuple[int, int]]:
-    """By the numbers that a token is multiplied with; the head counts as the layers that are as large."""
-    from r1ray.model.plan.shape import shape_of
-    from r1ray.model.split import split_layers
-
-    sizes = shape_of(shape.to_dict())
-    costs = [float(sizes.active_layer_parameters(layer)) for layer in range(shape.num_hidden_layers)]
-    return split_layers(costs, num_stages, after=float(shape.vocab_size * shape.hidden_size))
+    options = NativeOptions(precision=precision, context=config.max_context, num_threads=config.num_threads)
+    backend = NativeModel(shape, _tensors(artifact, registry, "float32" if precision == "float32" else "auto"), options)
+    backend.allocate(blocks_for([backend.room(wish := CacheWish.of(config))], wish))
+    return backend
 
 
 def _tensors(artifact: Artifact, registry: Registry, dtype: Literal["float32", "auto"]) -> Tensors:
@@ -255,37 +181,32 @@ def _tensors(artifact: Artifact, registry: Registry, dtype: Literal["float32", "
 def _transformers(artifact: Artifact, config: EngineConfig, registry: Registry) -> Backend:
     import torch
 
-    from r1ray.engine.paged import TransformersBackend, kv_bytes_per_token
-    from r1ray.model.load import load_model
+    from r1ray.engine.paged import TransformersBackend
 
-    dtype = cast(Literal["auto", "float32", "bfloat16"], config.dtype)
-    model = load_model(artifact, registry=registry, dtype=dtype, device=choose_device(config.device))
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    num_blocks = num_kv_blocks(config, kv_bytes_per_token(model.config, model.dtype), model.device.type)
-    return TransformersBackend(model, num_blocks=num_blocks)
+    backend = TransformersBackend(_modules(artifact, config, registry))
+    backend.allocate(blocks_for([backend.room(wish := CacheWish.of(config))], wish))
+    return backend
 
 
-def num_kv_blocks(config: EngineConfig, bytes_per_token: int, device: str) -> int:
-    """Blocks of the KV cache: `kv_cache_gb`, or enough for every slot's full context within a share of the free memory."""
-    block = bytes_per_token * BLOCK_SIZE
-    assert config.max_context is not None
-    wanted = config.num_slots * -(-config.max_context // BLOCK_SIZE) + 1
-    num_sharing = config.tensor_parallel if device == "cpu" else 1  # the ranks of a stage lie in one node, each on a GPU of its own
-    room = config.kv_cache_gb * 1e9 if config.kv_cache_gb else KV_SHARE.get(device, 0.5) * _free_bytes(device) / num_sharing
-    num = max(2, min(wanted, int(room // block)))
-    if num < wanted:
-        tokens, gigabytes = num * BLOCK_SIZE, num * block / 1e9
-        log.info("KV cache: %d tokens in %.2f GB, for %d slots of %d", tokens, gigabytes, config.num_slots, config.max_context)
-    return num
+def _modules(artifact: Artifact, config: EngineConfig, registry: Registry) -> PreTrainedModel:
+    """transformers' modules with their weights; an FP8 checkpoint's are read by us: transformers does it on some GPUs only."""
+    import torch
+    from transformers import AutoConfig
 
+    from r1ray.engine.partial import load_layers
+    from r1ray.model.checkpoint import read_json
+    from r1ray.model.fp8 import fp8_of
+    from r1ray.model.load import choose_dtype, load_model
 
-def _free_bytes(device: str) -> int:
-    if device == "cuda":
-        import torch
-
-        return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)
+    device = engine_device(config)
+    if artifact.manifest.kind == "adapter" or fp8_of(read_json(artifact.path / "config.json"), artifact.path) is None:
+        dtype = cast(Literal["auto", "float32", "bfloat16"], config.dtype)
+        return load_model(artifact, registry=registry, dtype=dtype, device=device)
+    shape = AutoConfig.from_pretrained(artifact.path)
+    wanted = choose_dtype(device)[0] if config.dtype == "auto" else getattr(torch, config.dtype)
+    return load_layers(artifact.path, shape, wanted, (0, shape.num_hidden_layers)).to(torch.device(device))
 
 
 def _eos_ids(artifact: Artifact, directory: Path, shape: PretrainedConfig) -> list[int]:

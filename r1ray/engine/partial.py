@@ -49,19 +49,23 @@ def load_layers(
         body.norm, model.lm_head = torch.nn.Identity(), torch.nn.Identity()
     if first > 0:
         body.embed_tokens = torch.nn.Identity()
-    _fill(model, _Source(directory, first, config.tie_word_embeddings), share)
+    _fill(model, _Source(directory, first, config), share)
     body.rotary_emb = type(body.rotary_emb)(config)  # computed, not stored
     return model.eval()
 
 
 def _fill(model: Any, source: _Source, share: Share) -> None:
+    import torch
+
+    kept = tuple(model._keep_in_fp32_modules_strict or ())  # the router's correction bias, also in bfloat16
     cuts = split(model, share)
     state: dict[str, Any] = {}
     for name, wanted in model.state_dict().items():
         if name == HEAD and source.is_tied and EMBEDDING in state:
             state[name] = state[EMBEDDING]
         else:
-            state[name] = source.tensor(name, cuts.get(name), share).to(wanted.dtype).contiguous()
+            dtype = torch.float32 if any(part in name for part in kept) else wanted.dtype
+            state[name] = source.tensor(name, cuts.get(name), share).to(dtype).contiguous()
     model.load_state_dict(state, assign=True)
     if source.is_tied and {EMBEDDING, HEAD} <= state.keys():
         model.lm_head.weight = model.model.embed_tokens.weight  # one tensor, on a GPU too
@@ -69,10 +73,11 @@ def _fill(model: Any, source: _Source, share: Share) -> None:
 
 class _Source:
     """The files' tensors by their names in a model whose layers begin with number `first`. Of a cut one only the part is read: what is
-    mapped from a file is read where it is touched."""
+    mapped from a file is read where it is touched. FP8 is made bfloat16 whole, then cut."""
 
-    def __init__(self, directory: Path, first: int, is_tied: bool) -> None:
-        self.is_tied = is_tied
+    def __init__(self, directory: Path, first: int, config: PretrainedConfig) -> None:
+        self.is_tied = bool(config.tie_word_embeddings)
+        self._is_made = bool(getattr(config, "quantization_config", None))
         self._directory = directory
         self._first = first
         self._tensors: Tensors = checkpoint_tensors(directory)
@@ -80,7 +85,9 @@ class _Source:
     def tensor(self, name: str, cut: Cut | None, share: Share) -> torch.Tensor:
         stored = self._stored_name(name)
         if (found := self._tensors(stored)) is not None:
-            return found if cut is None else cut(found, share)
+            if cut is None:
+                return found
+            return cut(found, share).clone() if self._is_made else cut(found, share)  # a part must not hold a whole that is in memory
         if (found := self._stacked(stored, cut, share)) is None:
             raise UnsupportedModel(f"{self._directory} has no tensor {stored}. Import the model again.")
         return found

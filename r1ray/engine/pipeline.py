@@ -2,8 +2,9 @@
 
 The driver (this process, rank 0) is in the last stage, where logits become tokens; workers are the other ranks, each with its own part of
 the layers and of the KV cache. As many passes are under way as there are stages, each of other streams, so that the stages work
-at the same time; stages that want the same cores take turns instead. A worker that dies fails the engine at once, busy or idle: the replica
-is rebuilt as one unit. Knows not what runs the workers (`actors`: Ray).
+at the same time; stages that want the same cores take turns instead. The cache is sized when all have loaded, by what the fullest of them
+has left. A worker that dies fails the engine at once, busy or idle, with its cause: the replica is rebuilt as one unit. Knows not what
+runs the workers (`actors`: Ray).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import logging
 import socket
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -20,8 +22,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from r1ray.engine.backend import Piece
-from r1ray.engine.stage import CLEAR, END, Layers, Link, Place, StageOrder, encode_pass, load_stage, serve_passes
+from r1ray.engine.backend import OUT_OF_MEMORY, Piece
+from r1ray.engine.memory import blocks_for
+from r1ray.engine.stage import CLEAR, END, Layers, Link, StageOrder, encode_pass, load_stage, serve_passes
 from r1ray.engine.tensor import RANK_GONE, Share
 from r1ray.errors import AdapterMismatch, EngineStopped
 
@@ -43,24 +46,46 @@ class Host:
 
 
 class Worker:
-    """One rank: loads at once, then computes until the driver ends."""
+    """One rank: loads at once, agrees with the others on the cache's size, then computes until the driver ends."""
 
     def __init__(self, order: StageOrder) -> None:
         self._order = order
         self._share = Share(order.place.tensor, order.place.num_tensor)
         self.layers: Layers = load_stage(order, self._share)
+        self.num_blocks = 0
 
     def connect(self, address: str, port: int) -> Link:
-        """All ranks at the same time: each waits for the others."""
+        """All ranks at the same time: each waits for the others, then for what they have left beside their weights.
+
+        Raises:
+            EngineStopped: another one failed; says why.
+        """
         place = self._order.place
         link = Link(address, port, place, timeout_s=ANSWER_TIMEOUT_S)
-        if place.num_tensor > 1:
-            self._share.join(link.tensor_group(self._order.device))
+        with self._blamed(link):
+            if place.num_tensor > 1:
+                self._share.join(link.tensor_group(self._order.device))
+            rooms = link.exchange(self.layers.room(self._order.wish))
+            self.num_blocks = blocks_for(rooms, self._order.wish)
+            self.layers.allocate(self.num_blocks)
         return link
 
     def compute(self, address: str, port: int, hidden: int) -> None:
-        """Raises EngineStopped or RuntimeError when another rank is gone."""
-        serve_passes(self.layers, self.connect(address, port), self._order.place, hidden)
+        """Raises EngineStopped when another rank is gone; whatever else fails here, the driver is told first."""
+        link = self.connect(address, port)
+        with self._blamed(link):
+            serve_passes(self.layers, link, self._order.place, hidden)
+
+    @contextmanager
+    def _blamed(self, link: Link) -> Iterator[None]:
+        try:
+            yield
+        except EngineStopped:
+            raise
+        except Exception as error:
+            first, last = self._order.layers
+            link.blame(f"Rank {self._order.place.rank} (layers {first}-{last - 1}): {type(error).__name__}: {error}")
+            raise
 
 
 class Workers(Protocol):
@@ -86,7 +111,6 @@ class PipelineBackend:
 
     def __init__(self, orders: Sequence[StageOrder], *, hidden: int, workers: Workers) -> None:
         self.lacks = frozenset({"adapters"})
-        self.num_blocks = orders[0].num_blocks
         self._hidden = hidden
         self._place = orders[0].place
         self._under_way: deque[list[Piece]] = deque()
@@ -103,7 +127,7 @@ class PipelineBackend:
             raise
         self.depth = passes_at_once(orders[0], self.hosts)
         log.info("pipeline: %d stages, %d passes at once", self._place.num_stages, self.depth)
-        self._layers = own.layers
+        self._layers, self.num_blocks = own.layers, own.num_blocks
         self.vocab_size = self._layers.vocab_size
         self.precision = self._layers.precision
 
@@ -119,7 +143,7 @@ class PipelineBackend:
 
     def collect(self, submitted: object) -> Tensor:
         pieces = self._under_way.popleft()
-        logits = self._layers.stage(pieces, self._states(sum(len(piece.ids) for piece in pieces)))
+        logits = self._stage(pieces)
         rows = torch.split(logits, [piece.num_logits for piece in pieces])
         assert isinstance(submitted, list), "as submit gave it"
         return torch.cat([rows[submitted.index(number)] for number in range(len(rows))])
@@ -127,7 +151,7 @@ class PipelineBackend:
     def watch(self, lost: Callable[[str], None]) -> None:
         def wait() -> None:
             self._workers.wait_for_end()
-            lost(_gone(self._place))  # of no effect where the engine ended it
+            lost(self._gone())  # of no effect where the engine ended it
 
         threading.Thread(target=wait, name="r1ray-stages", daemon=True).start()
 
@@ -155,6 +179,15 @@ class PipelineBackend:
         for rank in range(1, self._place.world):
             self._link.send_row(row, rank)
 
+    def _stage(self, pieces: Sequence[Piece]) -> Tensor:
+        """Raises EngineStopped: another rank is gone, or this one's memory is full: the others have begun the pass already."""
+        try:
+            return self._layers.stage(pieces, self._states(sum(len(piece.ids) for piece in pieces)))
+        except EngineStopped as error:
+            raise EngineStopped(self._gone()) from error
+        except OUT_OF_MEMORY as error:
+            raise EngineStopped(f"The last stage of the pipeline: {type(error).__name__}: {error}") from error
+
     def _states(self, num_tokens: int) -> Tensor | None:
         """What the stage before has computed; None where there is none."""
         if self._place.before is None:
@@ -162,7 +195,11 @@ class PipelineBackend:
         try:
             return self._link.receive(torch.empty(num_tokens, self._hidden), self._place.before)
         except RuntimeError as error:
-            raise EngineStopped(_gone(self._place)) from error
+            raise EngineStopped(str(error)) from error
+
+    def _gone(self) -> str:
+        text = GONE if self._place.num_tensor == 1 else RANK_GONE
+        return f"{text} {cause}" if (cause := self._link.cause()) else text
 
 
 def passes_at_once(order: StageOrder, hosts: Sequence[Host]) -> int:
@@ -175,10 +212,6 @@ def passes_at_once(order: StageOrder, hosts: Sequence[Host]) -> int:
     wanted = Counter(host.address for host in hosts)
     has_own_cores = all(num * order.num_threads <= cores[address] for address, num in wanted.items())
     return order.place.num_stages if has_own_cores else min(order.place.num_stages, len(cores))
-
-
-def _gone(place: Place) -> str:
-    return GONE if place.num_tensor == 1 else RANK_GONE
 
 
 def _free_port() -> int:

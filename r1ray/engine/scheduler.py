@@ -21,7 +21,7 @@ from r1ray.engine.blocks import BlockPool, prefix_keys
 from r1ray.engine.mailbox import Mailbox
 from r1ray.engine.protocol import FinishReason, GenerationRequest, TokenChunk
 
-__all__ = ["Scheduler", "Segment", "Stream"]
+__all__ = ["IDLE_CHUNK_FACTOR", "Scheduler", "Segment", "Stream"]
 
 IDLE_CHUNK_FACTOR = 4  # with nobody decoding there is nobody to stall, and large products use the processor better
 
@@ -118,6 +118,8 @@ class Scheduler:
         self.num_slots = num_slots
         self.limit = num_slots  # of streams that may run now; the engine lowers it when tokens come too late
         self.prefill_chunk = prefill_chunk
+        self.most_tokens = prefill_chunk * IDLE_CHUNK_FACTOR  # of prompts in a step, and the streams that run:
+        self.most_streams = num_slots  # lowered while larger steps do not fit into the memory
         self.pool = pool
         self.prefix_cache = prefix_cache
         self.depth = depth
@@ -143,14 +145,15 @@ class Scheduler:
     def plan(self) -> list[Segment]:
         """What the step computes: a token for every decoding stream, then prompts within the budget, oldest first."""
         self._planned.clear()
-        most = -(-len(self.running) // self.depth)
+        most = min(self.most_streams, -(-len(self.running) // self.depth))
         for stream in list(self.running):
             if stream.num_pending == 1 and len(self._planned) < most:
                 self._compute(stream, 1)
         # a pipeline wants more and smaller passes: its stages idle while the first one fills it and the last one empties it
         budget = self.prefill_chunk * (1 if self._planned else max(1, IDLE_CHUNK_FACTOR // self.depth))
+        budget = min(budget, self.most_tokens)
         for stream in list(self.running):
-            if stream.num_pending > 1 and budget > 0:
+            if stream.num_pending > 1 and budget > 0 and len(self._planned) < self.most_streams:
                 budget -= self._compute(stream, budget)
         while budget > 0 and (admitted := self._admit()):
             budget -= self._compute(admitted, budget)
@@ -175,6 +178,14 @@ class Scheduler:
             for block, key in zip(stream.blocks[first:], stream.keys[first : stream.num_computed // BLOCK_SIZE], strict=False):
                 self.pool.publish(block, key)
 
+    def take_back(self, plan: Sequence[Segment], keep: int) -> None:
+        """A step could not be computed: nothing of it counts, and all but the `keep` oldest of its streams give way."""
+        alive = [segment.stream for segment in plan if self._under_way.get(segment.stream) is segment]
+        for stream in alive:
+            del self._under_way[stream]
+        for stream in reversed([stream for stream in self.running if stream in alive][keep:]):
+            self._preempt(stream)
+
     def remove(self, stream: Stream) -> None:
         """Forget the stream, wherever it is; its blocks are free."""
         if stream in self.running:
@@ -198,7 +209,7 @@ class Scheduler:
 
     def _admit(self) -> Stream | None:
         """The next waiting stream, when a slot and blocks for all that it has to compute are free."""
-        if not self._waiting or len(self.running) >= self.limit:
+        if not self._waiting or len(self.running) >= min(self.limit, self.most_streams):
             return None
         stream = self._waiting[0][2]
         found = self._find(stream)

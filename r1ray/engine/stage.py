@@ -7,9 +7,11 @@ scheduler: passes are computed in the order they arrive.
 
 from __future__ import annotations
 
+import json
 import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from r1ray.engine.backend import Piece
+from r1ray.engine.memory import CacheWish, Room
 from r1ray.engine.tensor import Share
 from r1ray.errors import EngineStopped
 from r1ray.model.architecture import read_architecture
@@ -32,6 +35,8 @@ log = logging.getLogger(__name__)
 
 PASS, CLEAR, END = 1, 2, 0
 ROW = 1024  # integers in the first message of a row: a step of 32 short streams fits
+CAUSE = "cause"  # in the store: why the first rank that failed did
+POLL = timedelta(seconds=1)
 FOR_EVER = timedelta(days=365)  # an idle engine sends nothing; a dead one closes the connection
 
 
@@ -40,6 +45,12 @@ class Layers(Protocol):
 
     vocab_size: int
     precision: str
+
+    def room(self, wish: CacheWish) -> Room:
+        """What is left beside the weights. The tensor ranks of a stage ask at the same time."""
+
+    def allocate(self, num_blocks: int) -> None:
+        """The KV cache, once, before the first pass."""
 
     def stage(self, pieces: Sequence[Piece], hidden: Tensor | None) -> Tensor:
         """(tokens, hidden) float states in, None at the first stage; the same out, logits at the last."""
@@ -95,8 +106,7 @@ class StageOrder:
     layers: tuple[int, int]
     precision: str
     native: bool
-    num_blocks: int
-    context: int
+    wish: CacheWish
     num_threads: int
     device: str = "cpu"
     place: Place = field(default_factory=Place)
@@ -129,8 +139,7 @@ def _native(order: StageOrder, config: PretrainedConfig) -> Layers:
 
     options = NativeOptions(
         precision=order.precision,  # type: ignore[arg-type]
-        num_blocks=order.num_blocks,
-        context=order.context,
+        context=order.wish.context,
         num_threads=order.num_threads,
         layers=order.layers,
     )
@@ -144,7 +153,7 @@ def _transformers(order: StageOrder, config: PretrainedConfig, share: Share) -> 
 
     torch.set_num_threads(order.num_threads)
     model = load_layers(order.directory, config, getattr(torch, order.precision), order.layers, share)
-    return TransformersBackend(model.to(torch.device(order.device)), num_blocks=order.num_blocks)
+    return TransformersBackend(model.to(torch.device(order.device)))
 
 
 class Link:
@@ -188,6 +197,42 @@ class Link:
         if rest := num - len(row):
             row += self.receive(torch.empty(rest, dtype=torch.int32), source).tolist()
         return row
+
+    def exchange(self, room: Room) -> list[Room]:
+        """What every rank has left, this one's `room` included. All of them must ask for it.
+
+        Raises:
+            EngineStopped: one of them failed, with its cause, or gave none in time.
+        """
+        self._store.set(f"room{self._place.rank}", json.dumps(asdict(room)))
+        return [Room(**json.loads(self._awaited(f"room{rank}"))) for rank in range(self._place.world)]
+
+    def blame(self, cause: str) -> None:
+        """Tell the driver why this rank fails; the first one is right, since its neighbours then fail for want of it."""
+        try:
+            self._store.compare_set(CAUSE, "", cause)
+        except RuntimeError as error:
+            log.info("the store of the pipeline cannot be told: %s", error)
+
+    def cause(self) -> str:
+        """What a rank that failed has told; empty when it could not."""
+        try:
+            return str(self._store.get(CAUSE).decode()) if self._store.check([CAUSE]) else ""
+        except RuntimeError as error:
+            log.info("the store of the pipeline cannot be asked: %s", error)
+            return ""
+
+    def _awaited(self, key: str) -> bytes:
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        while time.monotonic() < deadline:
+            try:
+                self._store.wait([key], POLL)
+                found: bytes = self._store.get(key)
+                return found
+            except dist.DistStoreError as error:  # not there yet
+                if cause := self.cause():
+                    raise EngineStopped(cause) from error
+        raise EngineStopped(f"A rank of the pipeline said nothing of its memory within {self._timeout}.")
 
     def tensor_group(self, device: str) -> Any:
         """The ranks of this one's stage: over NCCL where each has a GPU of its own, else over gloo. All of them must ask for it."""
@@ -266,9 +311,15 @@ def serve_passes(layers: Layers, link: Link, place: Place, hidden: int) -> None:
             layers.clear(row[1:])
             continue
         pieces = decode_pass(row)
-        before = None
-        if place.before is not None:
-            before = link.receive(torch.empty(sum(len(piece.ids) for piece in pieces), hidden), place.before)
-        states = layers.stage(pieces, before)
+        states = layers.stage(pieces, _states(link, place, sum(len(piece.ids) for piece in pieces), hidden))
         if place.after is not None:
             link.send(states.float().cpu().contiguous(), place.after)
+
+
+def _states(link: Link, place: Place, num_tokens: int, hidden: int) -> Tensor | None:
+    if place.before is None:
+        return None
+    try:
+        return link.receive(torch.empty(num_tokens, hidden), place.before)
+    except RuntimeError as error:
+        raise EngineStopped(f"Rank {place.rank} of the pipeline lost rank {place.before}: {error}.") from error

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config
 from r1ray.engine.backend import Piece
 from r1ray.engine.batching import BatchingEngine
 from r1ray.engine.config import EngineConfig
+from r1ray.engine.memory import CacheWish
 from r1ray.engine.paged import TransformersBackend, kv_bytes_per_token
 from r1ray.engine.pipeline import Host, PipelineBackend, Worker
 from r1ray.engine.stage import Link, Place, StageOrder, orders_by_rank
@@ -90,8 +91,7 @@ def split_backend(directory: Path, num_stages: int, num_tensor: int, precision: 
         layers=(0, 2),
         precision=precision,
         native=False,
-        num_blocks=64,
-        context=512,
+        wish=CacheWish(num_slots=4, context=512),
         num_threads=1,
     )
     ranges = [(0, 2)] if num_stages == 1 else [(0, 1), (1, 2)]
@@ -144,7 +144,8 @@ def test_every_rank_of_a_latent_model_has_all_latents_and_its_part_of_each_exper
     backend = split_backend(tiny_deepseek_v3, 1, 2)
     logits_of(backend)
     layers: Any = backend._layers
-    assert [layers._cache.keys[0].shape[2:], layers._cache.values[0].shape[2:]] == [(1, 16), (1, 8)]
+    assert layers._cache.keys[0].shape[2:] == (1, 16 + 8)
+    assert not layers._cache.values, "latents are keys and values at once"
     config = AutoConfig.from_pretrained(tiny_deepseek_v3)
     assert kv_bytes_per_token(config, torch.float32, num_tensor=2) == kv_bytes_per_token(config, torch.float32)
     shapes = {name.removeprefix("model.layers.1."): tuple(tensor.shape) for name, tensor in layers._model.state_dict().items()}

@@ -12,12 +12,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from r1ray.engine.backend import BLOCK_SIZE, Immediate, Piece
+from r1ray.engine.memory import CacheWish, Room, room_on
 from r1ray.engine.native import build, structs
 from r1ray.engine.native.lora import LoraTable, read_adapter
 from r1ray.engine.native.prefix import write_blocks
@@ -95,11 +96,11 @@ def kv_bytes_per_token(shape: Shape, precision: Precision, num_layers: int | Non
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativeOptions:
-    """`num_blocks` of the KV cache; `context` is the last position that rotary tables reach; `layers` is [first, last), None for all."""
+    """`num_blocks` of the KV cache, None where it waits for `allocate`; rotary tables reach to `context`; `layers` is [first, last)."""
 
     precision: Precision
-    num_blocks: int
     context: int
+    num_blocks: int | None = None
     num_threads: int = 1
     layers: tuple[int, int] | None = None
 
@@ -112,12 +113,30 @@ class NativeModel(Immediate):
         self.shape = Shape.of(config)
         self.precision: str = options.precision
         self.vocab_size = self.shape.vocab
-        self.num_blocks = options.num_blocks
+        self.num_blocks = 0
         self.first, self.last = options.layers or (0, self.shape.num_layers)
         self._loras = LoraTable(self.shape, self.first, self.last)
         self._kept: list[Any] = []
-        self._keys, self._values = self._cache(options.precision)
-        self._decoder: int | None = self._create(config, tensors, options)
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._decoder: int | None = None
+        self._layers, self._model = self._pack_all(config, tensors, options)
+        if options.num_blocks is not None:
+            self.allocate(options.num_blocks)
+
+    def room(self, _wish: CacheWish) -> Room:
+        """What is left beside the packed weights."""
+        num_layers = self.last - self.first
+        precision = cast("Precision", self.precision)
+        return room_on("cpu", kv_bytes_per_token(self.shape, precision, num_layers) * BLOCK_SIZE)
+
+    def allocate(self, num_blocks: int) -> None:
+        """The KV cache, once, before the first pass."""
+        self.num_blocks = num_blocks
+        self._keys, self._values = self._cache(self.precision)
+        for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
+            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+        self._decoder = int(self._library.r1ray_create(ctypes.byref(self._model)))
 
     def forward(self, pieces: Sequence[Piece]) -> Tensor:
         return self._run(pieces, None)[1]
@@ -191,14 +210,14 @@ class NativeModel(Immediate):
 
     # --- making it
 
-    def _cache(self, precision: Precision) -> tuple[list[Tensor], list[Tensor]]:
+    def _cache(self, precision: str) -> tuple[list[Tensor], list[Tensor]]:
         """Zeros: memory that was never written stays unmapped, and a masked NaN would spoil sums."""
         dtype = torch.float32 if precision == "float32" else torch.bfloat16
         size = (self.num_blocks, self.shape.kv_heads, self.shape.head_dim * BLOCK_SIZE)
         num = self.last - self.first
         return [torch.zeros(size, dtype=dtype) for _ in range(num)], [torch.zeros(size, dtype=dtype) for _ in range(num)]
 
-    def _create(self, config: PretrainedConfig, tensors: Tensors, options: NativeOptions) -> int:
+    def _pack_all(self, config: PretrainedConfig, tensors: Tensors, options: NativeOptions) -> tuple[Any, structs.Model]:
         shape, precision = self.shape, options.precision
         full = precision == "float32"
         layers = (structs.Layer * (self.last - self.first))(
@@ -225,12 +244,10 @@ class NativeModel(Immediate):
             # asked for anew: of a mapping of its own only the rows in use stay in memory
             embedding = _wanted(tensors, "model.embed_tokens.weight")
             model.embedding = self._keep(embedding.to(torch.float32 if full else torch.bfloat16).contiguous())
-        self._kept.append(layers)
-        return int(self._library.r1ray_create(ctypes.byref(model)))
+        return layers, model
 
     def _layer(self, tensors: Tensors, number: int, precision: Precision) -> structs.Layer:
         name = f"model.layers.{number}."
-        index = number - self.first
 
         def joined(part: str) -> Tensor | None:
             parts = [tensors(f"{name}self_attn.{which}_proj.{part}") for which in "qkv"]
@@ -253,8 +270,6 @@ class NativeModel(Immediate):
             o=self._pack(_wanted(tensors, f"{name}self_attn.o_proj.weight"), precision, tensors(f"{name}self_attn.o_proj.bias")),
             gate_up=self._pack(interleave(gate, up), precision),
             down=self._pack(_wanted(tensors, f"{name}mlp.down_proj.weight"), precision),
-            keys=self._keys[index].data_ptr(),
-            values=self._values[index].data_ptr(),
         )
 
     def _pack(self, weight: Tensor, precision: Precision, bias: Tensor | None = None) -> structs.Linear:

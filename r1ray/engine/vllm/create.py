@@ -55,7 +55,7 @@ def create_vllm(artifact: Artifact, config: EngineConfig, *, base: Path, shape: 
 
 def _kv_cache_bytes(config: EngineConfig, shape: PretrainedConfig, context: int, *, device: str) -> int | None:
     """On GPUs vLLM measures what is left itself; on CPUs it would take nearly all of the main memory, so we say how much."""
-    from r1ray.engine.create import num_kv_blocks
+    from r1ray.engine.memory import num_kv_blocks
 
     if config.kv_cache_gb is not None:
         return int(config.kv_cache_gb * 1e9)
