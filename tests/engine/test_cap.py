@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r1ray.engine.cap import BatchCap
+from r1ray.engine.config import EngineConfig
 
 
 def settled(cap, seconds_per_stream, waiting=True, steps=600):
@@ -43,3 +44,9 @@ def test_in_a_pipeline_the_cap_follows_what_a_stream_waits_and_not_what_a_pass_t
     assert cap.value == 25  # 50 ms / 2 ms
     first = steps.index(True)
     assert first + 1 == 32, "eight rounds of four passes"
+
+
+def test_a_profile_sets_what_is_not_set_beside_it():
+    config = EngineConfig(profile="adaptive", num_slots=16)
+    assert (config.min_slots, config.num_slots, config.tpot_objective_ms) == (4, 16, 100.0)
+    assert EngineConfig().tpot_objective_ms is None
