@@ -184,7 +184,7 @@ def predicted(case: Case, artifact: Artifact, length: int, supervised: float) ->
     wish = TrainingWish(
         method=case.method,  # type: ignore[arg-type]
         attention=case.attention,
-        checkpointing=case.checkpointing,
+        gradient_checkpointing=case.checkpointing,
         zero_stage=1 if case.split else 2,
         accumulation=case.num_passes,
         micro_batch_size=case.size,

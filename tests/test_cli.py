@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from r1ray.cli import app, doctor
+from r1ray.cli import app, doctor, gpus
 from r1ray.cli.chat import Chat, converse
 from r1ray.cluster import Cluster, Node
 from r1ray.errors import ServerUnreachable
@@ -129,6 +129,72 @@ def test_the_doctor_counts_what_fits():
     assert "1 nodes, up to 1 more by the autoscaler" in text
     assert "4 CPU, 1 GPU, 8.0 GB" in text
     assert "12 training workers with 1 CPU or 3 with 1 CPU and 1 GPU, or 24 CPU model replicas" in text
+
+
+H100, T4 = (9, 0), (7, 5)
+KERNELS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "capability", "said"),
+    [
+        ("580.65.06", "13.0", H100, None),
+        (
+            "535.104.05",
+            "13.0",
+            H100,
+            "wants CUDA 13.0 and so an NVIDIA driver of at least 580; this machine has 535.104.05. Update",
+        ),
+        ("535.104.05", "12.8", H100, None),
+        ("580.65.06", None, H100, "was built for CPUs. Install its CUDA build: scripts/setup"),
+        ("580.65.06", "13.0", T4, "no kernels for compute capability 7.5, only sm_80, sm_86"),
+        ("580.65.06", "13.0", (8, 9), None),  # runs what was made for 8.6
+        ("580.65.06", "13.0", (13, 0), None),  # compute_120 is translated
+        (None, "13.0", H100, None),
+    ],
+)
+def test_the_doctor_says_what_keeps_torch_from_the_gpus(driver, cuda, capability, said):
+    found = gpus.Gpus(driver=driver, lines=["H100"], capabilities=[capability])
+    complaint = gpus.complaint(found, gpus.Installed(version="2.13.0", cuda=cuda, kernels=KERNELS))
+    assert complaint is None if said is None else said in complaint
+
+
+def test_the_doctor_asks_the_driver_for_versions_and_capabilities(monkeypatch, tmp_path):
+    """A driver that answers as NVIDIA's does."""
+    command = tmp_path / "nvidia-smi"
+    told = "NVIDIA H100, 81559 MiB, 535.104.05"
+    command.write_text(f'#!/bin/sh\ncase "$1" in *compute_cap*) echo 9.0; echo 9.0;; *) echo "{told}"; echo "{told}";; esac\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = gpus.find_gpus()
+    assert found == gpus.Gpus(driver="535.104.05", lines=[told] * 2, capabilities=[(9, 0), (9, 0)])
+    findings = list(doctor._accelerators())
+    assert [finding.subject for finding in findings] == ["accelerator", "torch on GPUs"]
+
+
+def test_without_a_gpu_the_doctor_says_nothing_of_cuda(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(gpus, "_PROC", tmp_path / "none")
+    assert [finding.subject for finding in doctor._accelerators()] == ["accelerator"]
+
+
+def test_a_driver_without_nvidia_smi_is_read_from_the_kernel(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for text, version in (
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\nGCC version:  gcc 12\n", "535.104.05"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n", "580.65.06"),
+    ):
+        (tmp_path / "version").write_text(text)
+        monkeypatch.setattr(gpus, "_PROC", tmp_path / "version")
+        assert gpus.find_gpus() == gpus.Gpus(driver=version)
+
+
+def test_the_installed_torch_is_read_from_its_files():
+    import torch
+
+    installed = gpus.installed_torch()
+    assert installed is not None
+    assert (installed.version, installed.cuda) == (torch.__version__, torch.version.cuda)
 
 
 def sse(*chunks):

@@ -98,6 +98,18 @@ def merge(
     console().print(f"{artifact.ref}: {artifact.manifest.num_parameters / 1e6:.1f} M parameters, in {artifact.path}", soft_wrap=True)
 
 
+@command(app, "dequantise")
+def dequantise(
+    ref: Reference, name: Annotated[str | None, typer.Option(help="Name of the result; the model's with -bf16 when absent.")] = None
+) -> None:
+    """Make a version in bfloat16 of one in FP8, as DeepSeek publishes R1: what can be trained."""
+    from r1ray.model.dequantise import dequantised_version
+    from r1ray.registry import Registry
+
+    artifact = dequantised_version(ref, Registry(), name)
+    console().print(f"{artifact.ref}: {artifact.manifest.num_parameters / 1e6:.1f} M parameters, in {artifact.path}", soft_wrap=True)
+
+
 @command(app, "models")
 def models(name: Annotated[str | None, typer.Argument(help="Show the versions of this model.")] = None) -> None:
     """List the models, or the versions of one."""

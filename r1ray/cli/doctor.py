@@ -9,7 +9,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from r1ray import cluster
+from r1ray.cli import gpus
 from r1ray.cluster import Cluster
 from r1ray.errors import ClusterUnreachable, R1RayError
 from r1ray.settings import Settings
@@ -58,7 +58,7 @@ def examine(*, start: bool = False, settings: Settings | None = None) -> list[Fi
     return [
         Finding("python", f"{platform.python_version()} at {sys.executable}"),
         _packages(),
-        _accelerator(),
+        *_accelerators(),
         _home(settings),
         *_locks(),
         _registry(settings),
@@ -104,16 +104,20 @@ def _packages() -> Finding:
     return Finding("packages", ", ".join(f"{name} {version}" for name, version in versions.items()))
 
 
-def _accelerator() -> Finding:
-    """Asks the driver, not torch: importing that takes seconds."""
-    if (command := shutil.which("nvidia-smi")) is None:
-        return Finding("accelerator", f"none (no nvidia-smi); {os.cpu_count()} CPU cores")
-    query = [command, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        return Finding("accelerator", f"nvidia-smi fails: {error}. Mend the driver, or train on CPUs.", "warning")
-    return Finding("accelerator", "; ".join(done.stdout.strip().splitlines()))
+def _accelerators() -> Iterator[Finding]:
+    found = gpus.find_gpus()
+    if found is None:
+        yield Finding("accelerator", f"none (no nvidia-smi); {os.cpu_count()} CPU cores")
+        return
+    if found.trouble is not None:
+        yield Finding("accelerator", found.trouble, "warning")
+    else:
+        yield Finding("accelerator", "; ".join(found.lines) or f"NVIDIA driver {found.driver}, no nvidia-smi")
+    torch = gpus.installed_torch()
+    if torch is not None and (wrong := gpus.complaint(found, torch)) is not None:
+        yield Finding("torch on GPUs", wrong, "warning")
+    elif torch is not None:
+        yield Finding("torch on GPUs", f"{torch.version} for CUDA {torch.cuda} on driver {found.driver}")
 
 
 def _home(settings: Settings) -> Finding:

@@ -79,9 +79,9 @@ def train(  # noqa: PLR0913 - one parameter per option
     accumulation: Annotated[int, typer.Option(help="Forward passes per optimizer step.")] = 1,
     length: Annotated[int, typer.Option(help="Tokens of the longest dialogue.")] = 1024,
     supervised_share: Annotated[float, typer.Option(help="Share of the tokens that carry loss.")] = 1.0,
-    checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing.")] = False,
-    offload: Annotated[str, typer.Option(help="To the host: none, optimizer or all.")] = "none",
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations twice to store less.")] = False,
+    offload: Annotated[str, typer.Option(help="To the node's memory: none, optimizer or parameters (weights too).")] = "none",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     attention: Annotated[str, typer.Option(help="sdpa or eager.")] = "sdpa",
     tensor: Annotated[int, typer.Option(help="GPUs that share every matrix.")] = 1,
     pipeline: Annotated[int, typer.Option(help="Stages of layers.")] = 1,
@@ -106,7 +106,7 @@ def train(  # noqa: PLR0913 - one parameter per option
         accumulation=accumulation,
         length=length,
         supervised_share=supervised_share,
-        checkpointing=checkpointing,
+        gradient_checkpointing=gradient_checkpointing,
         offload=offload,
         dtype=dtype,
         attention=attention,
@@ -180,7 +180,7 @@ def _show_training(
     from r1ray.model.plan.training import plan_training, relaxed
 
     if as_json:
-        print(json.dumps(plan_tables.training_json(found.name, wanted, others, num_tokens, hardware), indent=1))
+        print(json.dumps(plan_tables.training_json(found, wanted, others, num_tokens, hardware), indent=1))
         return
     remedies: list[TrainingPlan] = []
     if wanted and not wanted.fits:
@@ -228,7 +228,7 @@ def check_training(found: Cluster, plan: TrainingPlan | None) -> str:
         ClusterTooSmall: fewer than the plan wants, or there is no plan that fits.
     """
     if plan is None:
-        raise ClusterTooSmall("No GPU type holds this job. Lower --micro-batch-size or --length, or set --zero-stage 3 --checkpointing.")
+        raise ClusterTooSmall("No GPU type holds it. Lower --micro-batch-size or --length, or set --zero-stage 3 --gradient-checkpointing.")
     num = num_placeable(found, {"CPU": 1.0, "GPU": 1.0} if plan.pool.gpu.is_gpu else {"CPU": 1.0})
     if num < plan.pool.num:
         raise ClusterTooSmall(

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from r1ray.engine.simulate import Outcome
     from r1ray.model.plan.catalog import PlannedModel
     from r1ray.model.plan.hardware import Assumptions, Hardware
+    from r1ray.model.plan.host import HostMemory
     from r1ray.model.plan.serving import Replica
+    from r1ray.model.plan.shape import ModelShape
     from r1ray.model.plan.training import TrainingPlan
 
 __all__ = ["assumptions", "gpus", "models", "serving", "serving_json", "training", "training_json"]
@@ -63,8 +65,12 @@ def training(
     """The wanted pool in detail, what would make it fit, the other types."""
     shape = model.shape
     yield f"{model.name}: {_billions(shape.parameters.total)} parameters, {_billions(shape.active_parameters)} active"
+    if shape.quantisation is not None:
+        yield _as_published(model.name, shape)
     if wanted is not None:
         yield _memory(wanted)
+        if wanted.host is not None:
+            yield _host(wanted.host)
         yield _verdict(wanted, num_tokens, hardware.currency)
     if remedies:
         yield _remedies(remedies)
@@ -77,11 +83,20 @@ def training(
         )
 
 
+def _as_published(name: str, shape: ModelShape) -> str:
+    if shape.quantisation != "fp8":
+        return f"{name} is stored in {shape.quantisation}, of which nothing is trained: import it as it was before it was quantised."
+    return (
+        f"{name} is published in FP8, which is not trained. First make bfloat16 of it: r1ray dequantise {name}; that takes "
+        f"{2 * (shape.parameters.total + shape.parameters.prediction_head) / GIB:,.0f} GiB of disk."
+    )
+
+
 def _memory(plan: TrainingPlan) -> Table:
     memory, wish = plan.memory, plan.wish
     table = _table(f"per GPU of {plan.pool.num} x {plan.pool.name}", "GiB", "")
     batch = f"{wish.micro_batch_size} x {wish.length} tokens"
-    checkpointed = "checkpointed" if wish.checkpointing else "all kept"
+    checkpointed = "checkpointed" if wish.gradient_checkpointing else "all kept"
     split = "" if plan.pool.num == 1 else f", split over {plan.pool.num}"
     rows = [
         ("weights", memory.weights, f"{plan.total / 1e9:.2f} B in {wish.dtype}" + (split if wish.zero_stage == 3 else "")),
@@ -99,8 +114,19 @@ def _memory(plan: TrainingPlan) -> Table:
     for name, size, note in rows:
         table.add_row(name, f"{size / GIB:.2f}", note)
     table.add_row("peak", f"{memory.peak / GIB:.2f}", f"of {plan.usable / GIB:.1f} usable", style="bold" if plan.fits else "bold red")
-    if memory.host:
-        table.add_row("on the host", f"{memory.host / GIB:.2f}", "per GPU")
+    return table
+
+
+def _host(host: HostMemory) -> Table:
+    table = _table(f"main memory of a node with {host.num_workers} GPU workers", "GiB", "")
+    for name, size, note in (
+        ("processes", host.processes, "libraries and CUDA: worker_host_gib in gpus.yaml"),
+        ("start", host.start, "weights on their way to the GPUs"),
+        ("training", host.training, "what is offloaded"),
+        ("saving", host.saving, "copied at once for a checkpoint"),
+    ):
+        table.add_row(name, f"{size / GIB:.2f}", note)
+    table.add_row("peak", f"{host.peak / GIB:.2f}", "processes and the start, or training and saving", style="bold")
     return table
 
 
@@ -118,7 +144,7 @@ def _remedies(plans: Sequence[TrainingPlan]) -> Table:
     for plan in plans:
         wish = plan.wish
         said = f"ZeRO-{wish.zero_stage}, micro-batch {wish.micro_batch_size}, offload {wish.offload}"
-        said += ", checkpointing" if wish.checkpointing else ""
+        said += ", gradient checkpointing" if wish.gradient_checkpointing else ""
         table.add_row(said, f"{plan.memory.peak / GIB:.1f}", f"{plan.speed.tokens_per_s:,.0f}", "fits" if plan.fits else "")
     return table
 
@@ -216,10 +242,11 @@ def simulation(outcome: Outcome) -> Table:
 
 
 def training_json(
-    name: str, wanted: TrainingPlan | None, others: Sequence[TrainingPlan], num_tokens: float, hardware: Hardware
+    model: PlannedModel, wanted: TrainingPlan | None, others: Sequence[TrainingPlan], num_tokens: float, hardware: Hardware
 ) -> dict[str, Any]:
     plans = {"wanted": wanted and _plan_json(wanted, num_tokens), "fewest": [_plan_json(plan, num_tokens) for plan in others]}
-    return {"model": name, "currency": hardware.currency, "tokens": num_tokens, **plans, "assumptions": hardware.assumptions.model_dump()}
+    told = {"model": model.name, "quantisation": model.shape.quantisation, "currency": hardware.currency, "tokens": num_tokens}
+    return {**told, **plans, "assumptions": hardware.assumptions.model_dump()}
 
 
 def _plan_json(plan: TrainingPlan, num_tokens: float) -> dict[str, Any]:
@@ -229,6 +256,7 @@ def _plan_json(plan: TrainingPlan, num_tokens: float) -> dict[str, Any]:
         "usable_bytes": plan.usable,
         "peak_bytes": plan.memory.peak,
         "memory_bytes": asdict(plan.memory),
+        "node_memory_bytes": plan.host and {**asdict(plan.host), "peak": plan.host.peak},
         "total_parameters": plan.total,
         "trainable_parameters": plan.trainable,
         **asdict(plan.speed),

@@ -10,9 +10,11 @@ import json
 import math
 import mmap
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,20 @@ from r1ray.model.fp8 import dequantized, fp8_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["HEAD", "INDEX", "Tensors", "checkpoint_tensors", "link_or_copy", "num_parameters", "read_json", "tensor_shapes", "weight_files"]
+__all__ = [
+    "HEAD",
+    "INDEX",
+    "Stored",
+    "Tensors",
+    "checkpoint_tensors",
+    "link_or_copy",
+    "num_parameters",
+    "read_json",
+    "stored_tensors",
+    "tensor_shapes",
+    "weight_files",
+    "write_tensors",
+]
 
 Tensors = Callable[[str], "Tensor | None"]
 """A checkpoint: a tensor by its Hugging Face name, None where there is none of that name."""
@@ -38,6 +53,25 @@ _DTYPES = {
     **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"},
 }
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+_WIDTH = re.compile(r"\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor as a file's header has it; `dtype` in the format's words: BF16, F32, F8_E4M3, ..."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def item_bytes(self) -> int:
+        """Of one number: BOOL has one byte, the others as many bits as they are called by."""
+        width = _WIDTH.search(self.dtype)
+        return int(width[0]) // 8 if width else 1
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.item_bytes
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -65,6 +99,35 @@ def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
         UnsupportedModel: a file is no safetensors or shorter than its header says.
     """
     return {name: tuple(entry["shape"]) for file in files for name, entry in _header(file).items()}
+
+
+def stored_tensors(file: Path) -> dict[str, Stored]:
+    """Type and shape of every tensor in `file`, in its order.
+
+    Raises:
+        UnsupportedModel: as `tensor_shapes`.
+    """
+    return {name: Stored(entry["dtype"], tuple(entry["shape"])) for name, entry in _header(file).items()}
+
+
+def write_tensors(file: Path, stored: Mapping[str, Stored], tensor: Callable[[str], Tensor]) -> None:
+    """A safetensors file of which one tensor at a time is in memory: `tensor` gives each, of the type and shape that `stored` says."""
+    import torch
+
+    order = sorted(stored, key=lambda name: -stored[name].item_bytes)  # aligned, as safetensors itself lays them out
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        begin, end = end, end + stored[name].num_bytes
+        entries[name] = {"dtype": stored[name].dtype, "shape": list(stored[name].shape), "data_offsets": [begin, end]}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(header)) + header)
+        for name in order:
+            values = tensor(name).contiguous().reshape(-1)
+            assert values.nbytes == stored[name].num_bytes, f"{name} is not as promised"
+            stream.write(values.view(torch.uint8).numpy().data)
 
 
 def checkpoint_tensors(directory: Path) -> Tensors:

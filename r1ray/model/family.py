@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from r1ray.errors import UnsupportedModel
 
-__all__ = ["Family", "context_length", "family_of"]
+__all__ = ["Family", "context_length", "family_of", "quantisation"]
 
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # PEFT's "all-linear" would adapt DeepSeek's router and leave out its shared experts: attention only, by name.
@@ -55,6 +55,12 @@ def context_length(config: Mapping[str, Any]) -> int:
         if isinstance(value := config.get(key), int) and value > 0:
             return value
     raise UnsupportedModel("config.json names no context length (max_position_embeddings). Add it as the model's card states.")
+
+
+def quantisation(config: Mapping[str, Any]) -> str | None:
+    """How a config.json says that its weights are stored: fp8, gptq, awq, ...; None for plain ones."""
+    settings = config.get("quantization_config") or config.get("compression_config")
+    return str(settings.get("quant_method", "an unnamed format")) if settings else None
 
 
 def _family(name: str, config: Mapping[str, Any]) -> Family:

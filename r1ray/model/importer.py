@@ -22,7 +22,7 @@ from r1ray.errors import AdapterMismatch, InvalidValue, ModelNotFound, RegistryE
 from r1ray.model import template
 from r1ray.model.checkpoint import INDEX, link_or_copy, num_parameters, read_json, tensor_shapes, weight_files
 from r1ray.model.convert import convert_gguf
-from r1ray.model.family import context_length, family_of
+from r1ray.model.family import context_length, family_of, quantisation
 from r1ray.registry import Registry, weights_sha256
 from r1ray.types import Artifact, ArtifactKind, Manifest
 
@@ -123,6 +123,9 @@ def _full(directory: Path, name: str) -> _Found:
     family_of(config)
     weights = weight_files(directory)
     tensor_shapes(weights)
+    if (method := quantisation(config)) is not None:
+        more = ": r1ray dequantise makes a version of it that can" if method == "fp8" else ""
+        _log.warning("%s is stored in %s; so it cannot be trained%s", name, method, more)
     return _Found(directory=directory, kind="full", name=name, config=config, weights=weights)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from r1ray.errors import AdapterMismatch, ArtifactInvalid, UnsupportedModel
 from r1ray.model import template
 from r1ray.model.checkpoint import read_json, tensor_shapes, weight_files
+from r1ray.model.fp8 import fp8_of
 from r1ray.registry import MANIFEST, POLICY, Registry
 from r1ray.types import Artifact
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Dtype", "base_of", "choose_dtype", "end_token_id", "load_model", "load_tokenizer", "merge_adapter", "training_tokenizer"]
 
-Dtype = Literal["float32", "bfloat16", "auto"]
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 # Relative error of the logits that rounding may cause. An adapter put on the wrong weights is wrong by far more.
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.06, "float16": 0.02}
@@ -77,7 +78,7 @@ def load_model(
         artifact: Full weights or an adapter, whose base is then loaded too.
         registry: Where an adapter's base is looked up.
         dtype: `auto` takes what the device is fast in.
-        device: torch device.
+        device: torch device; full weights are read straight to it, without a copy in main memory.
         merge: Put an adapter's update into the weights; False gives a PeftModel that keeps both apart.
 
     Raises:
@@ -93,7 +94,7 @@ def load_model(
         adapted = _with_adapter(_read_weights(base, None if merge else wanted), artifact)
         model = _merged(adapted, wanted) if merge else adapted
     else:
-        model = _read_weights(artifact, wanted)
+        model = _read_weights(artifact, wanted, device)
     return model.to(torch.device(device)).eval()
 
 
@@ -155,13 +156,13 @@ def _dtype(dtype: Dtype, device: str) -> torch.dtype:
     import torch
 
     if dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     chosen, reason = choose_dtype(device)
     _log.info("dtype %s because %s", str(chosen).removeprefix("torch."), reason)
     return chosen
 
 
-def _read_weights(artifact: Artifact, dtype: torch.dtype | None) -> PreTrainedModel:
+def _read_weights(artifact: Artifact, dtype: torch.dtype | None, device: str = "cpu") -> PreTrainedModel:
     """`dtype` None keeps what the files hold."""
     from transformers import AutoModelForCausalLM
 
@@ -169,7 +170,13 @@ def _read_weights(artifact: Artifact, dtype: torch.dtype | None) -> PreTrainedMo
         raise UnsupportedModel(f"{artifact.ref} is a reward model: it scores answers and writes none. Score with model.reward.")
     if artifact.manifest.kind not in {"full", "pruned"}:
         raise UnsupportedModel(f"{artifact.ref} is of kind {artifact.manifest.kind}, which torch cannot load. Use full weights.")
-    model, report = AutoModelForCausalLM.from_pretrained(artifact.path, dtype=dtype or "auto", output_loading_info=True)
+    if fp8_of(read_json(artifact.path / "config.json"), artifact.path) is not None:
+        raise UnsupportedModel(
+            f"{artifact.ref} is stored in FP8, which the engine reads for serving and nothing else does. Make bfloat16 of it once: "
+            f"r1ray dequantise {artifact.ref}."
+        )
+    place = None if device == "cpu" else {"": device}  # not said of the CPU: ZeRO-3 places weights itself
+    model, report = AutoModelForCausalLM.from_pretrained(artifact.path, dtype=dtype or "auto", device_map=place, output_loading_info=True)
     missing = sorted(report["missing_keys"])
     if missing:
         raise ArtifactInvalid(f"{artifact.path} lacks {len(missing)} tensors, first {missing[0]}. Import the complete model again.")

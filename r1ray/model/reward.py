@@ -35,7 +35,7 @@ class _ExactHead(torch.nn.Linear):
         return (hidden.float() * self.weight[0].float()).sum(-1, keepdim=True)
 
 
-def load_with_head(directory: Path, *, dtype: str, pad_id: int) -> PreTrainedModel:
+def load_with_head(directory: Path, *, dtype: str, pad_id: int, device: str = "cpu") -> PreTrainedModel:
     """The model of a directory with the head for one number: its own, or where it has none a random one by torch's seed.
 
     Raises:
@@ -53,7 +53,11 @@ def load_with_head(directory: Path, *, dtype: str, pad_id: int) -> PreTrainedMod
     logging.set_verbosity_error()  # it reports the new head
     try:
         loaded = AutoModelForSequenceClassification.from_pretrained(
-            directory, config=config, dtype=getattr(torch, dtype), output_loading_info=True
+            directory,
+            config=config,
+            dtype=getattr(torch, dtype),
+            device_map=None if device == "cpu" else {"": device},
+            output_loading_info=True,
         )
     finally:
         logging.set_verbosity(told)

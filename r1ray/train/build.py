@@ -19,7 +19,7 @@ __all__ = ["trained_model"]
 
 
 def trained_model(order: WorkOrder) -> PreTrainedModel:
-    """In training mode on the CPU (transformers moves it); an adapter is initialised alike on all ranks, by the seed.
+    """In training mode, where it is trained or, if it is split first, in main memory; an adapter begins alike on all ranks, by the seed.
 
     Raises:
         UnsupportedModel: `lora.experts` for a model that has none.
@@ -32,7 +32,7 @@ def trained_model(order: WorkOrder) -> PreTrainedModel:
     if order.config.objective == "reward":
         model = _with_head(order)
     else:
-        model = load_model(order.base, registry=Registry(order.settings), dtype=order.dtype, device="cpu")  # type: ignore[arg-type]
+        model = load_model(order.base, registry=Registry(order.settings), dtype=order.dtype, device=_place(order))
     model.set_attn_implementation(order.attention)
     model.config.use_cache = False
     if order.config.dropout:
@@ -48,6 +48,16 @@ def trained_model(order: WorkOrder) -> PreTrainedModel:
     if order.config.method == "prefix" and order.config.prompt.init_text is not None:
         _begin_prefix(adapted, order, order.config.prompt.init_text)
     return adapted
+
+
+def _place(order: WorkOrder) -> str:
+    """Where the base is read to. A GPU that holds all of it: what eight workers copy need not fit the node's memory eight times first."""
+    config = order.config
+    if not config.use_gpu or config.zero_stage == 3 or config.parallelism.tensor * config.parallelism.pipeline > 1:
+        return "cpu"
+    import torch
+
+    return f"cuda:{torch.cuda.current_device()}"
 
 
 def _settings(order: WorkOrder) -> PeftConfig:
@@ -88,7 +98,8 @@ def _with_head(order: WorkOrder) -> PreTrainedModel:
     from r1ray.model.reward import load_with_head
 
     set_seed(order.config.seed)
-    return load_with_head(order.base.path, dtype=order.dtype, pad_id=load_tokenizer(order.base).pad_token_id or 0)
+    pad_id = load_tokenizer(order.base).pad_token_id or 0
+    return load_with_head(order.base.path, dtype=order.dtype, pad_id=pad_id, device=_place(order))
 
 
 def _begin_prefix(model: Any, order: WorkOrder, text: str) -> None:
@@ -102,6 +113,7 @@ def _begin_prefix(model: Any, order: WorkOrder, text: str) -> None:
     ids = load_tokenizer(order.base)(text)["input_ids"]
     repeated = (ids * -(-wanted // len(ids)))[:wanted]
     with torch.no_grad(), model.disable_adapter():
-        computed = model.get_base_model()(input_ids=torch.tensor([repeated]), use_cache=True).past_key_values
+        base = model.get_base_model()
+        computed = base(input_ids=torch.tensor([repeated], device=base.device), use_cache=True).past_key_values
     pairs = [(layer.keys, layer.values) for layer in computed.layers]
     initialize_kv_prefix_from_past_key_values(model, past_key_values=pairs)

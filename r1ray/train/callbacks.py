@@ -115,7 +115,7 @@ class Pace(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         trainer = self._bound
         source = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        check_saved(source, trainer.num_trained_tensors)
+        check_saved(source, trainer.num_trained_tensors, trainer.held_norms())
         meta = checkpoint.Meta(
             run=self.run,
             step=state.global_step,

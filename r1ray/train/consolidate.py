@@ -1,8 +1,9 @@
-"""A ZeRO-3 checkpoint's shards -> safetensors beside them, a few layers in memory at a time.
+"""Weights in memory or in a ZeRO-3 checkpoint's shards -> safetensors, a few layers in memory at a time.
 
 Training at stage 3 saves shards only: gathering 671 billion weights on one rank for each checkpoint is what ends runs with a full host
-memory (LLaMA-Factory issue 6843). The weights are put together once, from the float32 masters, when somebody wants them; experts that
-transformers fuses in memory get their own tensors again, as in every checkpoint of the family.
+memory (LLaMA-Factory issue 6843). The weights are put together once, from the float32 masters, when somebody wants them. Below stage 3 the
+rank that writes has them all and copies them from its GPU layer by layer. Experts that transformers fuses in memory get their own tensors
+again, as in every checkpoint of the family.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["tied_names", "with_weights"]
+__all__ = ["tied_names", "with_weights", "write_weights"]
 
 _SHARD_BYTES = 2 << 30
 _LAYER = re.compile(r".*?\.layers\.\d+\.")
@@ -49,32 +50,42 @@ def tied_names(model: PreTrainedModel) -> frozenset[str]:
     )
 
 
-def _consolidate(checkpoint: Path, dtype: str) -> None:
+def write_weights(model: PreTrainedModel, tensors: Mapping[str, Any], out: Path, dtype: str | None = None) -> None:
+    """Safetensors and their index in `out`; at most a shard and a layer are copied at a time.
+
+    Args:
+        model: Knows how its tensors are named in files; its own weights are not looked at.
+        tensors: By the model's names; gathered, or copied from a GPU, when their turn comes.
+        dtype: What numbers are stored in; None keeps each tensor's own.
+    """
     from safetensors.torch import save_file
 
+    files: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(_shards(model, tensors, dtype), start=1):
+        name = f"model-{number:05d}.safetensors"
+        save_file(shard, out / name, metadata={"format": "pt"})
+        files |= dict.fromkeys(shard, name)
+        total += sum(tensor.nbytes for tensor in shard.values())
+    (out / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2), encoding="utf-8")
+
+
+def _consolidate(checkpoint: Path, dtype: str) -> None:
     unfinished = checkpoint / ".weights"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     _log.info("putting the weights of %s together in %s", checkpoint.name, dtype)
-    files: dict[str, str] = {}
-    total = 0
-    for number, tensors in enumerate(_shards(checkpoint, dtype), start=1):
-        name = f"model-{number:05d}.safetensors"
-        save_file(tensors, unfinished / name, metadata={"format": "pt"})
-        files |= dict.fromkeys(tensors, name)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    (unfinished / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2), encoding="utf-8")
+    write_weights(_skeleton(checkpoint), _masters(checkpoint), unfinished, dtype)
     for path in sorted(unfinished.iterdir(), key=lambda path: path.name == INDEX):  # the index last: it says that all is there
         path.rename(checkpoint / path.name)
     unfinished.rmdir()
 
 
-def _shards(checkpoint: Path, dtype: str) -> Iterator[dict[str, torch.Tensor]]:
+def _shards(model: PreTrainedModel, tensors: Mapping[str, Any], dtype: str | None) -> Iterator[dict[str, torch.Tensor]]:
     from transformers.core_model_loading import revert_weight_conversion
 
-    model = _skeleton(checkpoint)
     shard: dict[str, torch.Tensor] = {}
-    for layer in _layers(_masters(checkpoint), model):
+    for layer in _layers(tensors, model):
         stored = revert_weight_conversion(model, {name: _stored(part, dtype) for name, part in layer.items()})
         if shard and sum(tensor.nbytes for tensor in (*shard.values(), *stored.values())) > _SHARD_BYTES:
             yield shard
@@ -118,8 +129,10 @@ def _layers(masters: Mapping[str, Any], model: PreTrainedModel) -> Iterator[dict
     yield from groups.values()
 
 
-def _stored(part: Any, dtype: str) -> torch.Tensor:
+def _stored(part: Any, dtype: str | None) -> torch.Tensor:
+    """A copy in main memory, whose storage is its own: DeepSpeed lays the weights of a model end to end in one."""
     import torch
 
-    tensor: torch.Tensor = part.contiguous()
-    return tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+    tensor: torch.Tensor = part.contiguous().detach()
+    wanted = getattr(torch, dtype) if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    return tensor.to("cpu", wanted, copy=isinstance(part, torch.Tensor))

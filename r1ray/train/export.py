@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,7 +52,7 @@ def export(result: Result, registry: Registry) -> Artifact:
     with registry.staging(config.name) as staged:
         _copy_companions(base.path, staged, with_config=not is_adapter)
         weights = _take_adapter(result, staged) if is_adapter else _take_full(result, staged)
-        check_weights(weights, base.path, is_adapter=is_adapter, is_reward=is_reward)
+        check_weights(weights, base.path, is_adapter=is_adapter, is_reward=is_reward, unmoved=_why_unmoved(result))
         manifest = Manifest(
             name=config.name,
             kind="reward" if is_reward else "adapter" if is_adapter else "full",
@@ -75,16 +75,15 @@ def export(result: Result, registry: Registry) -> Artifact:
         return registry.register(staged, manifest, tags={"run_id": result.run_id})
 
 
-def check_weights(files: Sequence[Path], base: Path, *, is_adapter: bool, is_reward: bool = False) -> None:
-    """Reopen what was written: as many tensors as there should be, all finite, none of the trained ones all zero.
+def check_weights(files: Sequence[Path], base: Path, *, is_adapter: bool, is_reward: bool = False, unmoved: str = "") -> None:
+    """Reopen what was written: as many tensors as there should be, all finite, an adapter that has moved.
 
-    A reward model has a head for one number, in place of the one for the next token where that has weights of its own.
+    A reward model has a head for one number, in place of the one for the next token where that has weights of its own. `unmoved`: what
+    to say of an adapter that no step has changed.
 
     Raises:
         TrainingError: naming the first offending tensor.
     """
-    from safetensors import safe_open
-
     shapes = tensor_shapes(files)
     stored = tensor_shapes(weight_files(base))
     wanted = (1 if is_adapter else len(stored)) + is_reward * (1 - (not is_adapter and "lm_head.weight" in stored))
@@ -99,15 +98,44 @@ def check_weights(files: Sequence[Path], base: Path, *, is_adapter: bool, is_rew
         )
     if is_reward and not any(name.endswith(HEAD) for name in shapes):
         raise TrainingError(f"{files[0].parent} holds no {HEAD}, the head of a reward model: the save was incomplete. This is a defect.")
+    norms = dict(_norms(files))
+    for name, norm in norms.items():
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"{name} has norm {norm:g} after training: it diverged. Lower train.learning_rate, set train.restart=true and train again."
+            )
+    grown = [norm for name, norm in norms.items() if ".lora_B" in name]
+    if grown and not any(grown):
+        raise TrainingError(f"All {len(grown)} lora_B matrices are zero, as before training: no step has changed the adapter. {unmoved}")
+    for name, norm in norms.items():
+        if norm == 0 and (".lora_" in name or name.endswith(HEAD)):
+            raise TrainingError(
+                f"{name} has norm 0 after training, where others have moved: it was not saved or had no gradient. This is a defect."
+            )
+
+
+def _norms(files: Sequence[Path]) -> Iterator[tuple[str, float]]:
+    from safetensors import safe_open
+
     for file in files:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
-                norm = float(opened.get_tensor(name).float().norm())
-                if not math.isfinite(norm) or (norm == 0 and (".lora_" in name or name.endswith(HEAD))):
-                    raise TrainingError(
-                        f"{name} has norm {norm:g} after training: the save was empty or training diverged. Lower train.learning_rate, "
-                        "set train.restart=true and train again."
-                    )
+                yield name, float(opened.get_tensor(name).float().norm())
+
+
+def _why_unmoved(result: Result) -> str:
+    """The ways in which every gradient of a training can be zero, and what helps."""
+    if result.config.train.objective == "grpo":
+        return (
+            "In every step the answers of a group got equal rewards (undecided 1 in the job log). Raise train.grpo.temperature or "
+            "train.grpo.num_generations, or add a reward of degrees (overlap, length), set train.restart=true and train again."
+        )
+    if result.dtype == "float16":
+        return (
+            "In float16 the first steps are left out while the scale of the loss is sought; there were no others. Train more steps with "
+            "train.restart=true, or set train.dtype=bfloat16 where the GPUs have it."
+        )
+    return "Every gradient was zero, or too small to be kept. Raise train.learning_rate, set train.restart=true and train again."
 
 
 def _take_adapter(result: Result, staged: Path) -> list[Path]:

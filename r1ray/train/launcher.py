@@ -14,6 +14,7 @@ from pathlib import Path
 from r1ray import cluster
 from r1ray.errors import InvalidValue, RegistryError, TrainingError, UnsupportedModel
 from r1ray.model.checkpoint import read_json
+from r1ray.model.dequantise import check_trainable
 from r1ray.observe.tracking import Run
 from r1ray.registry import Registry
 from r1ray.settings import Settings
@@ -149,6 +150,7 @@ def _base(config: FinetuneConfig, registry: Registry) -> Artifact:
             f"base={config.base} is of kind {base.manifest.kind}; training needs full weights. "
             f"Give its base{f' {base.manifest.base}' if base.manifest.base else ''}, or merge it first: r1ray merge {base.ref}"
         )
+    check_trainable(base)
     check_model(config.train, read_json(base.path / "config.json"), base.ref)
     return base
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from r1ray.model.load import choose_dtype
+from r1ray.model.load import Dtype, choose_dtype
 from r1ray.settings import Settings
 from r1ray.train import runs
 from r1ray.train.batches import BatchPlan, accumulation_steps
@@ -60,7 +60,7 @@ class WorkOrder:
     run: str
     run_directory: Path
     num_steps: int
-    dtype: str
+    dtype: Dtype
     attention: str
     settings: Settings
     held_out: Material | None = None
@@ -146,12 +146,12 @@ def _workers(config: TrainConfig) -> str:
     return f"{config.min_workers} to {config.max_workers} workers" if config.is_elastic else f"{config.max_workers} workers"
 
 
-def _dtype(config: TrainConfig) -> tuple[str, str]:
+def _dtype(config: TrainConfig) -> tuple[Dtype, str]:
     if config.dtype != "auto":
         return config.dtype, "train.dtype says so"
-    if config.use_gpu:
-        return "bfloat16", "GPUs multiply it"
     if config.zero_stage == 0:
         return "float32", "ZeRO-0 keeps no float32 master weights"
+    if config.use_gpu:  # none is seen from here: the workers look whether theirs does (precision.py)
+        return "bfloat16", "GPUs multiply it"
     dtype, reason = choose_dtype("cpu")
-    return str(dtype).removeprefix("torch."), reason
+    return ("bfloat16" if str(dtype) == "torch.bfloat16" else "float32"), reason

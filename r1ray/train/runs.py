@@ -21,6 +21,7 @@ from pathlib import Path
 
 from r1ray.config import config_hash
 from r1ray.errors import RunInUse
+from r1ray.model.load import Dtype
 from r1ray.train.config import FinetuneConfig
 from r1ray.types import Artifact
 
@@ -52,7 +53,7 @@ class RunState:
     """What a re-submitted job must know about its predecessor."""
 
     mlflow_run_id: str
-    dtype: str
+    dtype: Dtype
     micro_batch_size: int | None = None
     """What an earlier attempt had to come down to, for want of memory."""
     version: str | None = None

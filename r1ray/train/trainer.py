@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerState
 
 from r1ray.train.config import TrainConfig
-from r1ray.train.consolidate import tied_names
+from r1ray.train.consolidate import tied_names, write_weights
 from r1ray.train.parallel.layout import Layout
 from r1ray.train.schedule import Schedule
 from r1ray.train.zero import deepspeed_config
@@ -54,6 +54,9 @@ class Paced(Protocol):
     @property
     def num_trained_tensors(self) -> int:
         """At least as many are in the weights that a rank saves, where it saves any."""
+
+    def held_norms(self) -> dict[str, float]:
+        """By its name in what this rank has just saved: at least this norm each tensor of an adapter has there. Empty for other weights."""
 
     def marks(self) -> dict[str, float]:
         """What a step is told by beside its loss."""
@@ -103,6 +106,16 @@ class PacedTrainer(Trainer):
         """At least as many are in the weights that a rank saves, where it saves any."""
         return sum(parameter.requires_grad for parameter in self.model.parameters())
 
+    def held_norms(self) -> dict[str, float]:
+        """Of this rank's part of each tensor, which is the whole unless ZeRO-3 or a tensor split has others hold the rest."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if not self.args.should_save or not hasattr(model, "peft_config") or model.active_peft_config.is_prompt_learning:
+            return {}
+        from peft import get_peft_model_state_dict
+
+        parts = get_peft_model_state_dict(model, state_dict=dict(model.named_parameters()))
+        return {name: float(getattr(part, "ds_tensor", part).detach().float().norm()) for name, part in parts.items()}
+
     def marks(self) -> dict[str, float]:
         """What the step is told by beside its loss, equal on all ranks; the first ones also in the job log."""
         return {}
@@ -151,28 +164,46 @@ class PacedTrainer(Trainer):
         return self.lr_scheduler
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Not the weights where every rank saves its shard of them: transformers would write those twice."""
-        engine = self.accelerator.deepspeed_engine_wrapped
+        """By the rank that writes, from the tensors that it holds: accelerate would first copy the whole model to every rank's memory.
+
+        Where no rank has all of it, what is saved is gathered; at ZeRO-3 all weights stay in the ranks' shards until the end.
+        """
+        engine = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
         zero = engine.engine.config.get("zero_optimization", {}) if engine is not None else {}
-        if zero.get("stage") != 3 or zero.get("stage3_gather_16bit_weights_on_model_save"):
+        if zero.get("stage3_gather_16bit_weights_on_model_save"):
             super().save_model(output_dir, _internal_call)
-        elif self.args.should_save and output_dir is not None:
-            self.accelerator.unwrap_model(self.model).config.save_pretrained(output_dir)
+        elif not self.args.should_save or output_dir is None:
+            return
+        elif zero.get("stage") == 3:
+            _describe(self.accelerator.unwrap_model(self.model), output_dir)
+        else:
+            self._save(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Without tied copies, which accelerate has cloned; with what is stored and not trained, as DeepSeek-V3's routing bias: DeepSpeed
         gathers a split model's parameters only."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if state_dict is None and output_dir is not None and not hasattr(model, "peft_config"):
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            write_weights(model, model.state_dict(), Path(output_dir))
+            _describe(model, output_dir)
+            return
         if state_dict is not None:
-            tied = tied_names(self.accelerator.unwrap_model(self.model))
+            tied = tied_names(model)
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
         if state_dict is not None and self.layout is not None and self.layout.tensor > 1:
-            model = self.accelerator.unwrap_model(self.model)
             buffers = {name for name, _ in model.named_buffers()}
             state_dict |= {name: tensor for name, tensor in model.state_dict().items() if name in buffers}
         super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         Trainer._save_checkpoint(self, model, trial)  # without TRL's model card: the manifest says it all
+
+
+def _describe(model: Any, output_dir: str) -> None:
+    """The config.json of weights that were written without transformers' save_pretrained."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(output_dir)
 
 
 def common_arguments(

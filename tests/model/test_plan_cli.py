@@ -39,6 +39,13 @@ def test_training_that_fits_exits_with_0_and_names_its_assumption(run):
     assert done.exit_code == 0
     assert "1 x h100, lora, ZeRO-2: fits" in done.output
     assert "MFU" in done.output
+    assert "main memory of a node with 1 GPU workers" in done.output
+    assert "FP8" not in done.output
+
+
+def test_a_model_that_is_published_in_fp8_must_be_dequantised_first(run):
+    done = run("train", "--model", "r1", "--gpus", "32xh100", "--zero-stage", "3", "--gradient-checkpointing", "--micro-batch-size", "1")
+    assert "r1ray dequantise r1; that takes 1,275 GiB of disk" in done.output
 
 
 def test_training_that_does_not_fit_exits_with_1_and_shows_what_would(run):
@@ -54,7 +61,7 @@ def test_json_has_the_peak_the_hours_and_the_money(run):
         "r1",
         "--zero-stage",
         "3",
-        "--checkpointing",
+        "--gradient-checkpointing",
         "--gpus",
         "32xh100",
         "--micro-batch-size",
@@ -67,6 +74,8 @@ def test_json_has_the_peak_the_hours_and_the_money(run):
     wanted = done["wanted"]
     assert wanted["fits"] is True
     assert wanted["total_parameters"] > 671e9
+    assert wanted["node_memory_bytes"]["num_workers"] == 8
+    assert done["quantisation"] == "fp8"
     assert wanted["money"] == pytest.approx(wanted["hours"] * 32 * 2.9)
     assert {plan["gpus"].split("x", 1)[1] for plan in done["fewest"]} >= {"h100", "h20", "a800-80gb"}
 

@@ -123,7 +123,7 @@ def test_offloading_moves_the_optimizer_to_the_host_and_costs_time(hardware):
 
 
 def test_checkpointing_keeps_less_and_computes_a_forward_pass_more(hardware):
-    kept, again = (plan(hardware, checkpointing=flag) for flag in (False, True))
+    kept, again = (plan(hardware, gradient_checkpointing=flag) for flag in (False, True))
     assert again.memory.activations.kept < kept.memory.activations.kept / 10
     forward = find("r1-distill-qwen-7b").shape.forward_operations(512)
     assert again.speed.operations_per_token - kept.speed.operations_per_token == pytest.approx(forward)
@@ -135,7 +135,7 @@ def test_dense_training_costs_about_six_operations_per_weight_and_token(hardware
 
 
 def test_the_fewest_gpus_fit_and_half_of_them_do_not(hardware):
-    wish = TrainingWish(method="full", zero_stage=3, checkpointing=True, micro_batch_size=1)
+    wish = TrainingWish(method="full", zero_stage=3, gradient_checkpointing=True, micro_batch_size=1)
     shape = find("r1-distill-qwen-14b").shape
     least = fewest(shape, wish, "h100", hardware)
     assert least.fits
@@ -143,7 +143,7 @@ def test_the_fewest_gpus_fit_and_half_of_them_do_not(hardware):
 
 
 def test_every_shipped_model_can_be_trained_on_some_gpus_by_lora_and_zero_3(hardware):
-    wish = TrainingWish(zero_stage=3, checkpointing=True, micro_batch_size=1)
+    wish = TrainingWish(zero_stage=3, gradient_checkpointing=True, micro_batch_size=1)
     for name in names():
         plans = cheapest_first(find(name).shape, wish, hardware, 1e8)
         assert plans and all(each.fits for each in plans)
@@ -161,7 +161,7 @@ def test_remedies_shrink_the_peak_step_by_step(hardware):
 @pytest.mark.parametrize(
     ("wish", "said"),
     [
-        ({"offload": "all"}, "zero_stage=3"),
+        ({"offload": "parameters"}, "zero_stage=3"),
         ({"zero_stage": 0}, "master weights"),
         ({"zero_stage": 0, "dtype": "float32", "offload": "optimizer"}, "ZeRO optimizer"),
     ],
@@ -247,3 +247,54 @@ def test_the_busiest_stage_keeps_waiting_passes_or_has_the_logits(hardware, voca
     wish = TrainingWish(method="full", zero_stage=1, pipeline=2, accumulation=2, length=128)
     found = plan_training(shape, wish, hardware.pool("2xh100"), hardware.assumptions).memory.activations
     assert (found.logits > 0) is is_last
+
+
+def host(hardware, gpus, **wish):
+    return plan(hardware, gpus, **wish).host
+
+
+def test_a_node_copies_of_the_base_what_its_files_do_not_have_as_it_is_trained(hardware):
+    base = find("r1-distill-qwen-7b").shape.parameters.total
+    assert host(hardware, "8xh100").start == host(hardware, "16xh100", zero_stage=3).start == 0, "files are mapped"
+    assert host(hardware, "8xh100", method="full", name="r1-distill-qwen-32b").start > 8 * 2 * 64e9, "no GPU holds it twice"
+    assert host(hardware, "8xh100", zero_stage=1, pipeline=4).start == 0
+    assert host(hardware, "8xh100", zero_stage=1, tensor=4).start == pytest.approx(8 * 2 * base / 4)
+    assert host(hardware, "8xh100", zero_stage=1, pipeline=4, dtype="float32").start == 8 * 4 * base
+    assert host(hardware, "8xcpu") is None
+
+
+def test_experts_are_fused_a_layer_at_a_time_at_zero_3_and_all_of_them_by_each_stage_of_a_pipeline(hardware):
+    shape = find("r1").shape
+    layer = 2 * shape.parameters.experts / shape.num_moe_layers
+    assert host(hardware, "32xh100", zero_stage=3, name="r1").start == layer
+    assert host(hardware, "32xh100", zero_stage=1, pipeline=4, name="r1").start == pytest.approx(8 * layer * shape.num_moe_layers)
+
+
+def test_a_nodes_memory_has_what_is_offloaded_and_what_is_copied_to_be_saved(hardware):
+    lora, full = host(hardware, "8xh100"), host(hardware, "8xh100", method="full")
+    weights = find("r1-distill-qwen-7b").shape.parameters.total
+    assert lora.saving < 1e9, "the adapter alone"
+    assert full.saving == pytest.approx(4 * weights + 2 * weights)
+    away = plan(hardware, "16xh100", method="full", zero_stage=3, offload="parameters")
+    assert away.host.num_workers == 8
+    assert away.host.training == 8 * away.memory.host
+    assert away.host.peak == away.host.processes + max(away.host.start, away.host.training + away.host.saving)
+
+
+def test_a_wish_has_the_words_of_the_training_config():
+    from r1ray.train.config import TrainConfig
+
+    shared = TrainingWish.model_fields.keys() & TrainConfig.model_fields.keys()
+    assert {"method", "zero_stage", "dtype", "attention", "gradient_checkpointing", "offload", "micro_batch_size"} <= shared
+    for name in ("dtype", "offload", "zero_stage", "attention", "method"):
+        for choice in TrainingWish.model_fields[name].annotation.__args__:
+            assert choice in TrainConfig.model_fields[name].annotation.__args__
+    assert set(TrainConfig.model_fields["offload"].annotation.__args__) == set(TrainingWish.model_fields["offload"].annotation.__args__)
+
+
+@pytest.mark.parametrize(
+    "wish", [{"zero_stage": 0, "dtype": "float16"}, {"tensor": 2, "dtype": "float16"}, {"tensor": 2, "offload": "optimizer"}]
+)
+def test_what_training_refuses_is_not_planned(wish):
+    with pytest.raises(ValueError, match=r"dtype=(float32|bfloat16)"):
+        TrainingWish(**wish)

@@ -16,10 +16,10 @@ from r1ray.train.order import WorkOrder
 BATCH = {"input_ids": torch.arange(20, 44)[None], "labels": torch.arange(20, 44)[None]}
 
 
-def built(base, settings, *changes):
+def built(base, settings, *changes, dtype="float32"):
     config = load_config(FinetuneConfig, None, ["name=t", "data.path=x", *changes]).train
     order = WorkOrder(
-        config=config, base=base, material=None, run="r", run_directory=settings.home, num_steps=1, dtype="float32",
+        config=config, base=base, material=None, run="r", run_directory=settings.home, num_steps=1, dtype=dtype,
         attention="eager", settings=settings,
     )  # fmt: skip
     return trained_model(order)
@@ -50,6 +50,15 @@ def test_a_method_trains_its_own_parameters_only(changes, trained, tiny_qwen2, r
     moved = [name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.abs().sum() > 0]
     assert moved and set(moved) <= set(names)
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("objective", ["sft", "reward"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_model_is_built_in_float16_for_gpus_without_bfloat16(method, objective, tiny_qwen2, registry, settings) -> None:
+    base = import_model(str(tiny_qwen2), name="tiny", registry=registry)
+    model = built(base, settings, f"train.method={method}", f"train.objective={objective}", dtype="float16")
+    trained = [parameter.dtype for parameter in model.parameters() if parameter.requires_grad]
+    assert set(trained) == {torch.float16}
 
 
 def test_a_prefix_begins_as_the_text_before_the_dialogue(tiny_qwen2, registry, settings) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,10 +43,21 @@ def test_an_adapter_is_registered_with_all_that_serving_needs(base, registry, tm
     assert str(base.path) not in (registry.resolve("tuned").path / "adapter_config.json").read_text()
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan")])
-def test_an_empty_or_broken_adapter_is_not_registered(base, registry, tmp_path, value) -> None:
-    with pytest.raises(TrainingError, match="lora_B"):
-        export(trained(base, tmp_path, value), registry)
+@pytest.mark.parametrize(
+    ("value", "changes", "message"),
+    [
+        (float("nan"), {}, "lora_B.*diverged"),
+        (0.0, {}, r"All \d+ lora_B matrices are zero.*no step has changed the adapter\. Every gradient was zero"),
+        (0.0, {"objective": "grpo"}, "the answers of a group got equal rewards"),
+        (0.0, {"dtype": "float16"}, "the scale of the loss"),
+    ],
+)
+def test_an_adapter_that_is_broken_or_was_never_moved_is_not_registered(base, registry, tmp_path, value, changes, message) -> None:
+    result = trained(base, tmp_path, value)
+    objective, dtype = changes.get("objective", "sft"), changes.get("dtype", "float32")
+    config = result.config.model_copy(update={"train": result.config.train.model_copy(update={"objective": objective})})
+    with pytest.raises(TrainingError, match=message):
+        export(replace(result, config=config, dtype=dtype), registry)
     assert [model.name for model in registry.models()] == ["tiny"]
 
 

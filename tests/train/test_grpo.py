@@ -22,6 +22,7 @@ from r1ray.train.order import resolve_order
 from r1ray.train.parallel.layout import Layout
 from r1ray.train.prompts import Prompt
 from r1ray.train.rewards.base import advantages
+from r1ray.train.saved import check_saved
 from r1ray.train.schedule import Schedule
 from r1ray.types import Message
 
@@ -214,3 +215,14 @@ def test_padding_is_told_where_the_rows_are_all_that_is_computed(bench, objectiv
         material = learner.prepare(learner.read(config), order.base, config, order.settings)
     resolve_order(config.train, order.base, material, order.run_directory, order.settings, said.append)
     assert any("padding" in line for line in said) is is_padded
+
+
+def test_a_step_in_which_every_group_agrees_is_told_and_what_it_leaves_can_be_saved(bench, caplog, tmp_path) -> None:
+    agreed = "[{axis: short, kind: length, high: 100000, unit: characters}]"
+    trainer, batch = trained(bench("train.grpo.rollouts=transformers", f"train.grpo.rewards={agreed}"))
+    assert not batch["advantages"].any()
+    assert "step 1 taught nothing: the answers of each group got equal rewards" in caplog.text
+    trainer.save_model(str(tmp_path / "saved"))
+    held = trainer.held_norms()
+    assert not any(norm for name, norm in held.items() if ".lora_B" in name)
+    assert check_saved(tmp_path / "saved", trainer.num_trained_tensors, held) == len(held)

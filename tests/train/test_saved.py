@@ -27,7 +27,6 @@ def test_a_whole_save_is_counted(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"up": 0.0}, "all 2 lora_B matrices are zero"),
         ({"up": float("nan")}, r"layers\.0\.lora_B\.weight has norm nan"),
         ({"state": float("inf")}, r"optim_states\.pt: .*exp_avg has norm inf"),
         ({"num_layers": 1}, "2 tensors where 4 are trained"),
@@ -36,6 +35,28 @@ def test_a_whole_save_is_counted(tmp_path) -> None:
 def test_a_save_that_could_not_be_trained_on_is_no_checkpoint(tmp_path, changes, message) -> None:
     with pytest.raises(CheckpointCorrupt, match=message):
         check_saved(saved(tmp_path / "bad", **changes), num_trained=4)
+
+
+def test_an_adapter_that_no_step_has_moved_is_a_checkpoint(tmp_path) -> None:
+    held = {"layers.0.lora_A.weight": 1.0, "layers.0.lora_B.weight": 0.0}
+    assert check_saved(saved(tmp_path / "unmoved", up=0.0), num_trained=4, held=held) == 6
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ({"layers.0.lora_B.weight": 0.2}, r"layers\.0\.lora_B\.weight was saved with norm 0, in memory it has 0\.2"),
+        ({"layers.7.lora_A.weight": 0.0}, r"layers\.7\.lora_A\.weight was saved with norm 0"),
+    ],
+)
+def test_what_is_in_memory_and_not_in_the_file_makes_it_no_checkpoint(tmp_path, held, message) -> None:
+    with pytest.raises(CheckpointCorrupt, match=message):
+        check_saved(saved(tmp_path / "empty", up=0.0), num_trained=4, held=held)
+
+
+def test_a_part_of_a_tensor_is_less_than_the_whole(tmp_path) -> None:
+    """Under ZeRO-3 a rank holds half of it."""
+    assert check_saved(saved(tmp_path / "good", up=0.1), num_trained=4, held={"layers.0.lora_B.weight": 0.2 / 2**0.5}) == 6
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "global_step4/zero_pp_rank_0_mp_rank_00_optim_states.pt"])

@@ -56,6 +56,7 @@ class Assumptions(Config):
     step_us: float = Field(ge=0, description="Scheduling and sampling of one engine step.")
     host_adam_gbs: float = Field(gt=0, description="Host memory bandwidth per GPU for an offloaded optimizer.")
     pcie_gbs: float = Field(gt=0, description="Host to GPU, per GPU.")
+    worker_host_gib: float = Field(default=3.0, ge=0, description="Main memory of a GPU worker's process: libraries, CUDA, pinned buffers.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from r1ray.errors import UnsupportedModel
-from r1ray.model.family import context_length
+from r1ray.model.family import context_length, quantisation
 
 __all__ = ["Latent", "ModelShape", "Parameters", "shape_of"]
 
@@ -76,6 +76,8 @@ class ModelShape:
     tied: bool = False
     stored_bytes: float = 2.0
     """Bytes of a stored weight: 2 for bfloat16, about 1 for DeepSeek's block-wise FP8."""
+    quantisation: str | None = None
+    """How its weights are stored, fp8 or another method; None: as plain numbers."""
 
     @property
     def num_moe_layers(self) -> int:
@@ -220,6 +222,7 @@ def _plain(config: Mapping[str, Any], family: str) -> ModelShape:
         query_key_norm=family == "qwen3",
         tied=bool(config.get("tie_word_embeddings", False)),
         stored_bytes=_stored_bytes(config),
+        quantisation=quantisation(config),
     )
 
 
@@ -248,6 +251,7 @@ def _deepseek(config: Mapping[str, Any]) -> ModelShape:
         output_bias=bias,
         tied=bool(config.get("tie_word_embeddings", False)),
         stored_bytes=_stored_bytes(config),
+        quantisation=quantisation(config),
     )
 
 

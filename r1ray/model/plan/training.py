@@ -16,6 +16,7 @@ from r1ray.errors import InvalidValue
 from r1ray.model.plan.activations import Activations, Attention, Batch, activations_of
 from r1ray.model.plan.adapter import adapter_of
 from r1ray.model.plan.hardware import GIB, Assumptions, Hardware, Pool
+from r1ray.model.plan.host import HostMemory, host_memory
 from r1ray.model.plan.parts import part_of, wires
 from r1ray.model.plan.shape import ModelShape
 
@@ -30,16 +31,20 @@ Bound = Literal["arithmetic", "network", "offloading"]
 
 
 class TrainingWish(Config):
-    """What is to be trained and how; the same words as in jobs/configs/finetune_*.yaml."""
+    """What is to be trained and how; what jobs/configs/finetune_*.yaml has a key for has its name and values here."""
 
     method: Literal["full", "lora"] = Field(default="lora", description="All weights, or a LoRA adapter.")
     rank: int = Field(default=16, ge=1, description="Rank of the adapter.")
     targets: tuple[str, ...] | None = Field(default=None, description="Linear layers to adapt; null: the family's own.")
     zero_stage: Literal[0, 1, 2, 3] = Field(default=2, description="1 splits optimizer states, 2 gradients too, 3 weights too.")
-    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Weights and arithmetic; master weights stay float32.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16", description="Weights and arithmetic; master weights stay float32."
+    )
     attention: Attention = Field(default="sdpa", description="eager keeps all attention probabilities, sdpa none.")
-    checkpointing: bool = Field(default=False, description="Compute activations twice to store less.")
-    offload: Literal["none", "optimizer", "all"] = Field(default="none", description="To the host: optimizer states, or weights too.")
+    gradient_checkpointing: bool = Field(default=False, description="Compute activations twice to store less.")
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        default="none", description="To the node's memory: optimizer states, or weights too."
+    )
     micro_batch_size: int = Field(default=4, ge=1, description="Dialogues per forward pass of a GPU.")
     accumulation: int = Field(default=1, ge=1, description="Forward passes per optimizer step.")
     length: int = Field(default=1024, ge=1, description="Tokens of the longest dialogue in a pass.")
@@ -50,14 +55,16 @@ class TrainingWish(Config):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.offload == "all" and self.zero_stage != 3:
-            raise ValueError("offload all keeps the weights on the host, which only zero_stage 3 can fetch from; set zero_stage=3")
+        if self.offload == "parameters" and self.zero_stage != 3:
+            raise ValueError("offload parameters keeps the weights on the host, which only zero_stage 3 can fetch from; set zero_stage=3")
         if self.offload == "optimizer" and self.zero_stage == 0:
             raise ValueError("offload needs a ZeRO optimizer; set zero_stage to 1, 2 or 3")
-        if self.zero_stage == 0 and self.dtype == "bfloat16":
-            raise ValueError("zero_stage 0 with bfloat16 keeps no float32 master weights; set zero_stage=1 or dtype=float32")
+        if self.zero_stage == 0 and self.dtype != "float32":
+            raise ValueError(f"zero_stage 0 with {self.dtype} keeps no float32 master weights; set zero_stage=1 or dtype=float32")
         if sum(degree > 1 for degree in (self.tensor, self.pipeline, self.sequence)) > 1:
             raise ValueError("one of tensor, pipeline and sequence may be above 1, as in training")
+        if self.split > 1 and (self.dtype == "float16" or (self.offload != "none" and self.sequence == 1)):
+            raise ValueError("training refuses a split with float16 or offload, which were not tried; set dtype=bfloat16 offload=none")
         most = 1 if self.pipeline > 1 else 2 if self.tensor > 1 else 3
         if self.zero_stage > most:
             raise ValueError(f"this split goes with zero_stage up to {most}; set zero_stage={most}")
@@ -77,7 +84,7 @@ class TrainingWish(Config):
 
     @property
     def bytes_per_value(self) -> int:
-        return 2 if self.dtype == "bfloat16" else 4
+        return 4 if self.dtype == "float32" else 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +137,8 @@ class TrainingPlan:
     total: int
     memory: Memory
     speed: Speed
+    host: HostMemory | None
+    """Of a node; None where the workers compute in main memory themselves."""
 
     @property
     def usable(self) -> float:
@@ -159,12 +168,14 @@ def plan_training(shape: ModelShape, wish: TrainingWish, pool: Pool, assumptions
     base = shape.parameters.total
     trainable = adapter.parameters if adapter else base
     total = base + (adapter.parameters if adapter else 0)
+    memory = _memory(shape, wish, pool)
     return TrainingPlan(
         wish=wish,
         pool=pool,
         trainable=trainable,
         total=total,
-        memory=_memory(shape, wish, pool),
+        memory=memory,
+        host=host_memory(shape, wish, pool, assumptions, trainable=trainable, memory=memory) if pool.gpu.is_gpu else None,
         speed=_speed(shape, wish, pool, trainable, assumptions),
     )
 
@@ -209,11 +220,11 @@ def _memory(whole: ModelShape, wish: TrainingWish, pool: Pool) -> Memory:
     host = 0.0
     if wish.offload != "none":
         host, optimizer, step, gradients = optimizer + gradients + step, 0.0, 0.0, 0.0
-    if wish.offload == "all":
+    if wish.offload == "parameters":
         host, weights = host + weights, 0.0
         buckets += min(total, LIVE) * size if num == 1 else 0.0
     activations = activations_of(
-        shape, wish.batch, adapter=adapter, attention=wish.attention, checkpointing=wish.checkpointing, bytes_per_value=size
+        shape, wish.batch, adapter=adapter, attention=wish.attention, checkpointing=wish.gradient_checkpointing, bytes_per_value=size
     )
     if wish.pipeline > 1:
         activations = _busiest(activations, waiting=min(wish.pipeline, wish.accumulation))
@@ -242,7 +253,7 @@ def _speed(shape: ModelShape, wish: TrainingWish, pool: Pool, trainable: int, as
     utilisation = assumptions.mfu_lora if wish.method == "lora" else assumptions.mfu_full
     if shape.num_experts:
         utilisation = min(utilisation, assumptions.mfu_experts)
-    rate = pool.gpu.bf16_tflops * 1e12 * utilisation / (1 if wish.dtype == "bfloat16" else 2)
+    rate = pool.gpu.bf16_tflops * 1e12 * utilisation / (2 if wish.dtype == "float32" else 1)
     num_groups = pool.num // wish.split
     tokens = wish.accumulation * wish.micro_batch_size * wish.length
     idle = (wish.pipeline - 1) / wish.accumulation  # stages wait for the first pass and after the last (arXiv 2104.04473)
@@ -271,7 +282,7 @@ def _operations(shape: ModelShape, wish: TrainingWish, trainable: int) -> float:
     forward = shape.forward_operations(attended)
     inputs = forward + shape.attention_operations(attended)
     touched = shape.multiplied_parameters if wish.method == "full" else trainable
-    return forward + inputs + 2.0 * touched + (forward if wish.checkpointing else 0.0)
+    return forward + inputs + 2.0 * touched + (forward if wish.gradient_checkpointing else 0.0)
 
 
 def _traffic(shape: ModelShape, wish: TrainingWish, num: int, trainable: int) -> float:
@@ -279,7 +290,7 @@ def _traffic(shape: ModelShape, wish: TrainingWish, num: int, trainable: int) ->
     size, ring = wish.bytes_per_value, (num - 1) / num
     reduce = trainable * size * (2 if wish.zero_stage < 2 else 1)
     if wish.zero_stage == 3:
-        gathered = shape.parameters.total * size * (3 if wish.checkpointing else 2)
+        gathered = shape.parameters.total * size * (3 if wish.gradient_checkpointing else 2)
         return ring * wish.accumulation * (gathered + reduce)
     passes = wish.accumulation if wish.zero_stage == 2 else 1  # ZeRO-2 keeps no whole gradient, so it reduces after every pass
     update = trainable * size if wish.zero_stage else 0.0
@@ -292,14 +303,19 @@ def _offloading(shape: ModelShape, wish: TrainingWish, num: int, trainable: int,
         return 0.0
     mine = trainable / num
     moved = 2 * mine * wish.bytes_per_value
-    if wish.offload == "all":
+    if wish.offload == "parameters":
         moved += wish.accumulation * 2 * shape.parameters.total / num * wish.bytes_per_value
     return moved / (assumptions.pcie_gbs * 1e9) + mine * 28 / (assumptions.host_adam_gbs * 1e9)
 
 
 def relaxed(wish: TrainingWish) -> list[TrainingWish]:
     """What to try when nothing fits, mildest first: checkpointing, ZeRO-3, single dialogues, offloading."""
-    steps: list[dict[str, object]] = [{"checkpointing": True}, {"zero_stage": 3}, {"micro_batch_size": 1}, {"offload": "optimizer"}]
+    steps: list[dict[str, object]] = [
+        {"gradient_checkpointing": True},
+        {"zero_stage": 3},
+        {"micro_batch_size": 1},
+        {"offload": "optimizer"},
+    ]
     if wish.tensor * wish.pipeline > 1:  # ZeRO-3 would split the same weights, and offloading was not tried
         steps = [step for step in steps if not {"zero_stage", "offload"} & step.keys()]
     wishes, current = [], wish

@@ -58,10 +58,16 @@ class Bench:
     """Whether what is resumed was converted from another number of workers."""
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments that every TRL config takes: ours for steps, DeepSpeed, optimizer; saving and logging left to the callbacks."""
+        """Keyword arguments that every TRL config takes: ours for steps, DeepSpeed, optimizer; saving and logging left to the callbacks.
+
+        Raises:
+            InvalidValue: a worker's GPU does not multiply the order's number type.
+        """
+        from r1ray.train.precision import check_dtype
         from r1ray.train.trainer import common_arguments
 
         order = self.order
+        check_dtype(order)
         bf16 = order.dtype == "bfloat16"
         return common_arguments(
             order.config,

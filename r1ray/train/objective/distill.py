@@ -57,7 +57,7 @@ class Distilled(Supervised):
         teacher = Registry(settings).resolve(config.distill.teacher)
         trainer = super().trainer(bench)
         assert isinstance(trainer, DistilledTrainer), "made by this class"
-        model = load_model(teacher, registry=Registry(settings), dtype=bench.order.dtype)  # type: ignore[arg-type]
+        model = load_model(teacher, registry=Registry(settings), dtype=bench.order.dtype, device=str(trainer.args.device))
         model.set_attn_implementation(bench.order.attention)
         trainer.learn_from(model, config.distill)
         return trainer

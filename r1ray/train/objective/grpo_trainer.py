@@ -6,6 +6,7 @@ how a step's answers are parted into passes (by length, each cut to its own widt
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from r1ray.train.trainer import PacedTrainer
 __all__ = ["GroupTrainer", "grpo_arguments", "passes_of"]
 
 _SHARED = ("num_items_in_batch",)  # of TRL's batch: not one entry per answer
+_log = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor]
 
@@ -66,6 +68,7 @@ class GroupTrainer(PacedTrainer, GRPOTrainer):
         self._rows: list[dict[str, Any]] = []
         self._passes: list[Batch] = []
         self._marks: dict[str, float] = {}
+        self._num_undecided = 0
         self._logps = torch.empty(0)
 
     # --- set after making
@@ -175,6 +178,19 @@ class GroupTrainer(PacedTrainer, GRPOTrainer):
         names |= {"kl": "kl", "frac_reward_zero_std": "undecided", "ratio": "rollout_log_ratio"}
         self._marks = {name: sum(told[key]) / len(told[key]) for key, name in names.items() if told.get(key)}
         told.clear()
+        if self._marks.get("undecided") == 1.0:
+            self._warn()
+
+    def _warn(self) -> None:
+        """In the job log, ever more rarely: after 1, 2, 4, 8, ... such steps."""
+        self._num_undecided += 1
+        if self.accelerator.is_main_process and self._num_undecided.bit_count() == 1:
+            _log.warning(
+                "step %d taught nothing: the answers of each group got equal rewards (so did those of %d steps in all). Raise "
+                "train.grpo.temperature or num_generations, or add a reward of degrees (overlap, length).",
+                self.state.global_step + 1,
+                self._num_undecided,
+            )
 
     def judge(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Mean reward per axis of one greedy answer to each prompt, shared over the ranks."""

@@ -58,6 +58,7 @@ class PipelineTrainer:
         self.num_held_out = 0
         self.num_trained_tensors = 0
         """In what this rank saved last."""
+        self._held: dict[str, float] = {}
         self._bench, self._rows, self._num_trained = bench, feed, 1
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         model = bench.model()
@@ -80,6 +81,7 @@ class PipelineTrainer:
         control = TrainerControl()
         if resume_from_checkpoint is not None:
             self._resume(Path(resume_from_checkpoint))
+        self.state.max_steps = self._bench.order.num_steps  # says, as in transformers' trainer, that training has begun
         self._tell("on_train_begin", control)
         while not control.should_training_stop and self.state.global_step < self._bench.order.num_steps:
             self._step()
@@ -95,6 +97,10 @@ class PipelineTrainer:
     def marks(self) -> dict[str, float]:
         """Nothing besides the loss."""
         return {}
+
+    def held_norms(self) -> dict[str, float]:
+        """Of the adapter as the stages held it."""
+        return self._held
 
     def held_out_loss(self) -> tuple[float, int]:
         """The last stage has the labels and so the loss."""
@@ -159,6 +165,7 @@ class PipelineTrainer:
         if self._bench.global_rank == 0:
             whole = {name: tensor for part in parts for name, tensor in part.items()}
             self.num_trained_tensors = len(whole)
+            self._held = {name.replace(".default.", "."): float(tensor.float().norm()) for name, tensor in whole.items()}
             self._stages.model.save_pretrained(directory, state_dict=whole)
 
     def _save_shards(self, directory: Path, mine: dict[str, torch.Tensor]) -> None:
