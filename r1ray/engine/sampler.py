@@ -85,9 +85,9 @@ def sample(logits_RV: Tensor, streams: Sequence[Stream]) -> list[Drawn | NoToken
         for row, token in zip(random_rows, _draw(logits_RV[random_rows], [streams[i] for i in random_rows]), strict=True):
             tokens[row] = token
     drawn: list[Drawn | NoToken] = []
-    for row, (token, stream) in enumerate(zip(tokens, streams, strict=True)):
-        if token is not None:
-            drawn.append(_booked(logits_RV, row, token, stream))
+    for row, (chosen, stream) in enumerate(zip(tokens, streams, strict=True)):
+        if chosen is not None:
+            drawn.append(_booked(logits_RV, row, chosen, stream))
         else:
             drawn.append(NoToken.FORBIDDEN if row in before and bool(before[row].isfinite()) else NoToken.DAMAGED)
     return drawn

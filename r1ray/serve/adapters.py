@@ -53,21 +53,36 @@ class AdapterShelf:
         self._codec = codec
         self._failed: set[str] = set()
 
-    async def fill(self, base: Artifact, engine: Engine) -> dict[str, LoadedAdapter]:
-        """Every one of them loaded into a new engine, by model id.
+    async def refs(self) -> tuple[str, ...]:
+        """The versions that are wanted now."""
+        return tuple(artifact.ref for artifact in (await self._look()).values())
+
+    async def find(self, base: Artifact) -> dict[str, Artifact]:
+        """The wanted versions by model id.
+
+        Raises:
+            RegistryError, AdapterMismatch: one that is not there or does not belong beside `base`.
+        """
+        found = await self._look()
+        for adapter in found.values():
+            check_adapter(adapter, base)
+        return found
+
+    async def fill(self, found: Mapping[str, Artifact], engine: Engine) -> dict[str, LoadedAdapter]:
+        """All of them loaded into a new engine.
 
         Raises:
             UnsupportedModel: the engine takes no adapters.
-            RegistryError, AdapterMismatch: a version that is not there or does not fit.
+            AdapterMismatch: the engine cannot take one of them.
         """
-        if self._wanted and "adapters" not in engine.capabilities:
+        if found and "adapters" not in engine.capabilities:
             raise UnsupportedModel(
-                f"{base.ref} is served with {len(self._wanted)} adapters, which its engine takes none of "
-                "(a split model, an ONNX export, or vLLM with vllm.max_adapters=0). Serve them as models of their own."
+                f"{len(found)} adapters are to be served beside a model whose engine takes none (it is split, an ONNX export, "
+                "or vLLM with vllm.max_adapters=0). Serve them as models of their own."
             )
         loaded: dict[str, LoadedAdapter] = {}
-        for args in self._wanted:
-            loaded[args.id] = await self._load(await asyncio.to_thread(self._find, args.ref), base, engine, loaded)
+        for id_, artifact in found.items():
+            loaded[id_] = await self._load(artifact, engine, loaded)
         return loaded
 
     async def follow(self, loaded: dict[str, LoadedAdapter], base: Artifact, engine: Engine) -> list[LoadedAdapter]:
@@ -76,23 +91,26 @@ class AdapterShelf:
         A version that cannot be loaded is logged once and not tried again; the one before goes on.
         """
         replaced = []
-        for args in self._wanted:
-            old, wanted = loaded[args.id], await asyncio.to_thread(self._find, args.ref)
+        for id_, wanted in (await self._look()).items():
+            old = loaded[id_]
             if wanted.ref == old.artifact.ref:
                 old.artifact = wanted
             elif wanted.ref not in self._failed:
                 try:
-                    loaded[args.id] = await self._load(wanted, base, engine, loaded)
+                    check_adapter(wanted, base)
+                    loaded[id_] = await self._load(wanted, engine, loaded)
                 except Exception:  # of this adapter alone: its base and the others answer on
                     self._failed.add(wanted.ref)
-                    logger.exception("%s cannot be loaded; %s stays on %s", wanted.ref, args.id, old.artifact.ref)
+                    logger.exception("%s cannot be loaded; %s stays on %s", wanted.ref, id_, old.artifact.ref)
                     continue
-                logger.info("%s switched from %s to %s; %d streams drain", args.id, old.artifact.ref, wanted.ref, old.num_streams)
+                logger.info("%s switched from %s to %s; %d streams drain", id_, old.artifact.ref, wanted.ref, old.num_streams)
                 replaced.append(old)
         return replaced
 
-    async def _load(self, artifact: Artifact, base: Artifact, engine: Engine, loaded: Mapping[str, LoadedAdapter]) -> LoadedAdapter:
-        check_adapter(artifact, base)
+    async def _look(self) -> dict[str, Artifact]:
+        return {args.id: await asyncio.to_thread(self._find, args.ref) for args in self._wanted}
+
+    async def _load(self, artifact: Artifact, engine: Engine, loaded: Mapping[str, LoadedAdapter]) -> LoadedAdapter:
         codec = await asyncio.to_thread(self._codec, artifact)
         if not is_used(artifact, loaded):
             await engine.load_adapter(artifact.ref, artifact.path)

@@ -61,7 +61,7 @@ class ModelHost:
         self._load = load
         self._shelf = shelf
         self._live: LoadedVersion | None = None
-        self._failed_ref: str | None = None
+        self._failed: tuple[str, ...] = ()
         self._drains: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -79,33 +79,38 @@ class ModelHost:
                 logger.exception("%s could not follow %s; it stays on %s", self.args.id, self.args.ref, self._loaded().artifact.ref)
 
     async def refresh(self) -> bool:
-        """One look at the registry; whether another version answers now. A version that failed to load is not tried again."""
+        """One look at the registry; whether another version answers now. One that failed is tried again with other adapters only."""
         wanted = await asyncio.to_thread(self._find)
         live = self._loaded()
         if wanted.ref == live.artifact.ref:
             live.artifact = wanted
-        if wanted.ref in (live.artifact.ref, self._failed_ref):
+            await self._follow_adapters(live)
+            return False
+        together = (wanted.ref, *(await self._shelf.refs() if self._shelf else ()))
+        if together == self._failed:
             await self._follow_adapters(live)
             return False
         try:
             fresh = await self._whole(wanted)
         except Exception:
-            self._failed_ref = wanted.ref
+            self._failed = together
             raise
-        self._live, self._failed_ref = fresh, None
+        self._live, self._failed = fresh, ()
         logger.info("%s switched from %s to %s; %d streams drain", self.args.id, live.artifact.ref, wanted.ref, live.num_streams)
         self._start_drain(self._drain(live))
         return True
 
     async def _whole(self, wanted: Artifact) -> LoadedVersion:
-        """The version with the adapters that are served beside it."""
+        """The version with the adapters that are served beside it, which are looked at before anything is loaded."""
+        if self._shelf is None:
+            return await self._load(wanted)
+        beside = await self._shelf.find(wanted)
         fresh = await self._load(wanted)
-        if self._shelf is not None:
-            try:
-                fresh.adapters = await self._shelf.fill(fresh.artifact, fresh.engine)
-            except BaseException:
-                await fresh.engine.stop()
-                raise
+        try:
+            fresh.adapters = await self._shelf.fill(beside, fresh.engine)
+        except BaseException:
+            await fresh.engine.stop()
+            raise
         return fresh
 
     async def _follow_adapters(self, live: LoadedVersion) -> None:

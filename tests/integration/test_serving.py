@@ -53,6 +53,7 @@ def deployed(ray_cluster, tiny_llama: Path, tiny_qwen2: Path, tmp_path_factory) 
     registry = Registry(ray_cluster.settings)
     registry.promote(import_model(str(tiny_llama), name="served-tiny", registry=registry).ref)
     export()
+    adapt(registry, tmp_path_factory.mktemp("adapter"))
     index(ray_cluster.settings, tmp_path_factory.mktemp("knowledge"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -81,8 +82,22 @@ def export() -> None:
     assert job["entry"].run(job["ExportOnnxConfig"], job["__doc__"], job["export"], arguments) == 0
 
 
+def adapt(registry, folder: Path) -> None:
+    """served-adapter@1 on served-tiny@1."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from r1ray.model.importer import import_model
+
+    base = registry.resolve("served-tiny@1")
+    settings = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base.path), settings).save_pretrained(folder)
+    import_model(str(folder), name="served-adapter", base=base.ref, registry=registry)
+
+
 def arguments() -> AppArgs:
     shared = {"ref": "served-tiny@production", "follow_interval_s": 0.5, "placement": {"num_cpus": 0.2}}
+    adapters = [{"id": "adapted", "ref": "served-adapter@1", "collection": ""}]
     slow = {"type": "fake", "num_slots": 2, "max_waiting": 0, "fake": {"token_delay_s": 0.03}}
     exact = {"num_slots": 4, "num_threads": 1}
     return AppArgs.model_validate(
@@ -91,6 +106,7 @@ def arguments() -> AppArgs:
                 {"id": "tiny", "engine": {"type": "torch", "dtype": "float32", **exact}, "collection": "served", **shared},
                 {"id": "slow", "engine": slow, "collection": "", **shared},
                 {"id": "edge", "engine": {"type": "onnx", **exact}, "collection": "", **shared, "ref": "served-edge@1"},
+                {"id": "base", "engine": {"type": "fake"}, "collection": "", **shared, "ref": "served-tiny@1", "adapters": adapters},
             ],
             "retrieval": {"style": "compact"},
         }
@@ -117,7 +133,7 @@ def test_a_strict_client_gets_answers_streams_and_models(deployed: Deployed) -> 
     assert streamed == client.chat.completions.create(**greedy).choices[0].message.content
     assert chunks[-1].usage.completion_tokens == 20
     assert client.completions.create(model="tiny", prompt="abc", max_tokens=3).object == "text_completion"
-    assert [model.id for model in client.models.list().data] == ["tiny", "slow", "edge"]
+    assert [model.id for model in client.models.list().data] == ["tiny", "slow", "edge", "base", "adapted"]
     health = httpx.get(f"{deployed.url}/health", timeout=30, headers={"X-Request-Id": "mine"})
     assert (health.status_code, health.headers.get_list("x-request-id")) == (200, ["mine"])
 
@@ -187,6 +203,24 @@ def test_more_than_the_engine_admits_is_a_429(deployed: Deployed) -> None:
             stream.__exit__(None, None, None)
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
     assert refused.headers["retry-after"] == "1"
+
+
+def test_an_adapter_is_a_model_of_its_own_on_its_bases_replica(deployed: Deployed) -> None:
+    client = deployed.openai()
+    options = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    answers = [client.chat.completions.create(model=name, **options) for name in ("base", "adapted")]
+    assert [answer.system_fingerprint for answer in answers] == ["served-tiny@1", "served-adapter@1"]
+    card = client.models.retrieve("adapted")
+    assert (card.root, card.parent) == ("served-adapter@1", "base")
+    assert set(httpx.get(f"{deployed.url}/load", timeout=30).json()) == {"tiny", "slow", "edge", "base"}
+
+
+def test_an_answer_over_its_time_ends_with_an_error_object(deployed: Deployed) -> None:
+    response = httpx.post(f"{deployed.url}/v1/chat/completions", json=body(True) | {"timeout": 1.0}, timeout=30)
+    lines = [line for line in response.text.splitlines() if line]
+    error = json.loads(lines[-2].removeprefix("data: "))["error"]
+    assert (lines[-1], error["type"], error["code"]) == ("data: [DONE]", "timeout", "deadline_exceeded")
+    assert wait_until(lambda: deployed.load("slow")["num_free_slots"] == 2, 2)
 
 
 def test_a_promotion_is_followed_without_a_restart(deployed: Deployed) -> None:

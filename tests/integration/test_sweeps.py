@@ -63,19 +63,20 @@ def test_a_sampling_sweep_measures_chooses_records_and_attaches(ray_cluster, dem
     assert "[4/4] search-2: quality" in out
 
 
-def test_the_stages_of_a_split_model_find_room_beside_their_trial(ray_cluster, demo, model, capsys):
+@pytest.mark.parametrize("split", ["stages", "tensor_parallel"])
+def test_the_parts_of_a_split_model_find_room_beside_their_trial(ray_cluster, demo, model, split):
     """A trial holds all of its own bundle, and what it starts cannot leave its placement group."""
     import ray
 
     num_cpus = ray.available_resources()["CPU"]
-    stages = ["engine.stages=2", "engine.num_threads=1", "engine.stage_cpus=0.5", "cpus_per_actor=0.5", "attach=false"]
-    found = sweep_sampling(config(demo, model, "num_samples=2", "candidates=[greedy]", *stages), ray_cluster.settings)
+    parts = [f"engine.{split}=2", "engine.num_threads=1", "engine.stage_cpus=0.5", "cpus_per_actor=0.5", "attach=false"]
+    found = sweep_sampling(config(demo, model, "num_samples=2", "candidates=[greedy]", *parts), ray_cluster.settings)
     assert [s.name for s in found] == ["greedy", "search-1"]
     assert all(s.latency_s > 0 for s in found)
     deadline = time.monotonic() + 20
     while ray.available_resources().get("CPU") != num_cpus and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert ray.available_resources()["CPU"] == num_cpus, "the stages went with their trial"
+    assert ray.available_resources()["CPU"] == num_cpus, "the parts went with their trial"
 
 
 KILLED_SWEEP = """

@@ -465,3 +465,20 @@ def test_one_line_of_yaml_serves_a_model_on_vllm(ray_cluster, tiny_llama: Path, 
         assert psutil.wait_procs(below, timeout=20)[1] == [], "vLLM's processes outlived their actor"
     finally:
         serve.shutdown()
+
+
+def test_a_sampling_sweep_measures_on_vllm(ray_cluster, tiny_llama: Path, tmp_path: Path) -> None:
+    """vLLM's actor finds its bundle in the trial's placement group."""
+    from r1ray.config import load_config
+    from r1ray.data.demo import write_demo
+    from r1ray.model.importer import import_model
+    from r1ray.registry import Registry
+    from r1ray.tune.config import SamplingSweepConfig
+    from r1ray.tune.sampling import sweep_sampling
+
+    model = import_model(str(tiny_llama), name="swept-on-vllm", registry=Registry(ray_cluster.settings)).ref
+    fixed = [f"model={model}", f"data.path={write_demo(tmp_path).test}", "limit=2", "base.max_tokens=8", "quality=[rouge_l]"]
+    engine = ["engine.type=vllm", "engine.vllm.eager=true", "engine.dtype=float32", "engine.stage_cpus=0.5", "cpus_per_actor=0.5"]
+    overrides = [*fixed, *engine, "engine.num_slots=2", "num_samples=1", "candidates=[greedy]", "attach=false"]
+    found = sweep_sampling(load_config(SamplingSweepConfig, None, overrides), ray_cluster.settings)
+    assert [(setting.name, setting.is_chosen) for setting in found] == [("greedy", True)]

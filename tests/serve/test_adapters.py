@@ -123,9 +123,31 @@ def test_a_new_base_gets_the_adapters_too_or_the_old_one_stays(beside, fakes) ->
         beside.shelf.artifact = replace(other, manifest=other.manifest.model_copy(update={"weights_sha256": "9" * 64}))
         with pytest.raises(AdapterMismatch, match="fake@3 has other weights"):
             await beside.host.refresh()
-        return end.ref, (await beside.host.stats()).ref, [engine.stats().state for engine in beside.shelf.engines[1:]]
+        return end.ref, (await beside.host.stats()).ref, len(beside.shelf.engines)
 
-    assert asyncio.run(run()) == ("sales@1", "fake@2", ["running", "stopped"])
+    assert asyncio.run(run()) == ("sales@1", "fake@2", 2), "what cannot be served is not loaded"
+
+
+def test_a_new_base_waits_for_the_adapters_that_were_trained_on_it(beside, fakes) -> None:
+    """Promoted one after the other: until all fit together, the old ones answer."""
+
+    async def run():
+        await beside.host.start()
+        other = fakes.make_artifact(2)
+        beside.shelf.artifact = replace(other, manifest=other.manifest.model_copy(update={"weights_sha256": "9" * 64}))
+        with pytest.raises(AdapterMismatch):
+            await beside.host.refresh()
+        assert await beside.host.refresh() is False, "not tried again as it is"
+        beside.known["faq@production"] = beside.adapter("faq", 2, base="9" * 64)
+        with pytest.raises(AdapterMismatch, match="sales@1 was trained on"):
+            await beside.host.refresh()
+        assert (await answer(beside.host, ask("faq")))[1].ref == "faq@1"
+        beside.known["sales@1"] = beside.adapter("sales", base="9" * 64)
+        beside.known["faq@production"] = beside.adapter("faq", 3, base="9" * 64)
+        assert await beside.host.refresh() is True
+        return [(await answer(beside.host, ask(name)))[1].ref for name in (None, "faq", "sales")]
+
+    assert asyncio.run(run()) == ["fake@2", "faq@3", "sales@1"]
 
 
 @pytest.mark.parametrize(("told", "error"), [({"base": "2" * 64}, "other weights"), ({"kind": "PROMPT_TUNING"}, "soft prompt")])
@@ -133,7 +155,7 @@ def test_a_replica_does_not_start_with_what_is_no_adapter_of_its_base(beside, to
     beside.known["sales@1"] = beside.adapter("sales", **told)
     with pytest.raises(AdapterMismatch, match=error):
         asyncio.run(beside.host.start())
-    assert beside.shelf.engines[0].stats().state == "stopped"
+    assert not beside.shelf.engines
 
 
 def test_a_replica_does_not_start_on_an_engine_without_adapters(beside) -> None:
@@ -145,8 +167,9 @@ def test_a_replica_does_not_start_on_an_engine_without_adapters(beside) -> None:
         return version
 
     beside.host._load = without
-    with pytest.raises(UnsupportedModel, match="2 adapters, which its engine takes none of"):
+    with pytest.raises(UnsupportedModel, match="2 adapters are to be served beside a model whose engine takes none"):
         asyncio.run(beside.host.start())
+    assert beside.shelf.engines[0].stats().state == "stopped"
 
 
 def test_a_name_that_this_replica_does_not_know_is_a_fault(beside) -> None:
