@@ -75,7 +75,10 @@ class EngineConfig(Config):
         description="What weights are held in. int8, int4: with int8 activations, native backend only; auto: what `r1ray calibrate` found, "
         "else bfloat16 where the processor multiplies it natively, else float32.",
     )
-    device: str = Field(default="auto", description="torch device: cpu, cuda, cuda:1; auto takes a GPU when there is one.")
+    device: str = Field(
+        default="auto",
+        description="torch device: cpu, cuda, cuda:1; auto takes a GPU when there is one, in a process of Ray's one that Ray has given it.",
+    )
     num_threads: int | None = Field(default=None, ge=1, description="Threads inside one operation; null: all cores it may use.")
     prefill_chunk: int = Field(
         default=256, ge=1, description="Prompt tokens computed per step beside the running streams: less is smoother, more is faster."
@@ -140,6 +143,21 @@ class EngineConfig(Config):
             raise ValueError(
                 f"{wrong[0]}={getattr(self, wrong[0])} with tensor_parallel={self.tensor_parallel}: the native kernels compute whole "
                 "layers only; set backend=transformers and dtype=bfloat16, or tensor_parallel=1 and split by layers with stages"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_of_split_engines(self) -> Self:
+        """Ray hides no GPU from an actor that reserved none, and gives the others one each, as cuda:0."""
+        if self.type != "torch" or self.stages * self.tensor_parallel == 1 or self.device == "auto":
+            return self
+        if self.device == "cpu" and self.stage_gpus:
+            raise ValueError(f"stage_gpus={self.stage_gpus:g} reserves GPUs that device=cpu leaves idle: set stage_gpus=0, or device=auto")
+        if self.device.startswith("cuda:"):
+            raise ValueError(f"device={self.device} of a model split over processes, each of which sees its own GPU only: set device=cuda")
+        if self.device == "cuda" and not self.stage_gpus:
+            raise ValueError(
+                "device=cuda with stage_gpus=0: Ray gives the actors no GPU, so all its processes would take the same one; set stage_gpus=1"
             )
         return self
 
