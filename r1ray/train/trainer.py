@@ -180,8 +180,10 @@ class PacedTrainer(Trainer):
             self._save(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Without tied copies, which accelerate has cloned; with what is stored and not trained, as DeepSeek-V3's routing bias: DeepSpeed
-        gathers a split model's parameters only."""
+        """What this rank holds, or what was gathered (`state_dict`): that without tied copies, which accelerate has cloned, and with what is
+        stored and not trained, as DeepSeek-V3's routing bias; DeepSpeed gathers a split model's parameters only."""
+        if not self.args.should_save:
+            return
         model: Any = self.accelerator.unwrap_model(self.model)
         if state_dict is None and output_dir is not None and not hasattr(model, "peft_config"):
             Path(output_dir).mkdir(parents=True, exist_ok=True)

@@ -91,6 +91,17 @@ def test_an_adapter_learns_as_on_one_worker(train, alone, model, split) -> None:
     assert max(expected) > min(expected) + 1e-3, "it learned something"
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_adapter_is_saved_alone_whatever_of_it_the_writing_rank_holds(train, stage) -> None:
+    """At ZeRO-3 it holds a half, which the file must have at least."""
+    saved = [checkpoint.last_good(train("qwen2", f"train.zero_stage={each}", *LORA, world=world)) for each, world in ((0, 1), (stage, 2))]
+    (expected, _), (found, _) = (good for good in saved if good is not None)
+    right, here = (load_file(place / "adapter_model.safetensors") for place in (expected, found))
+    assert right.keys() == here.keys()
+    assert all((here[name] - tensor).abs().mean() < 1e-3 for name, tensor in right.items()), "AdamW steps are of 2e-2"
+    assert not list(found.glob("model*.safetensors"))
+
+
 def weights(directory) -> dict[str, torch.Tensor]:
     """Of the run's last checkpoint, as export takes them; a matrix that is tied to the embedding may be there once or twice."""
     good = checkpoint.last_good(directory)
