@@ -51,8 +51,8 @@ def test_greedy_tokens_equal_transformers_generate_in_any_company(placed, refere
         assert got == (right[: len(got)] if i in leaves_early else right), f"stream {i}"
 
 
-def all_have_come(engine):
-    while len(engine._open) < 3:
+def all_have_come(engine, num=3):
+    while len(engine._open) < num:
         time.sleep(0.0005)
 
 
@@ -398,15 +398,19 @@ def test_what_shares_damaged_blocks_fails_too_and_nobody_after_it(tiny_llama, re
     good = tuple(range(30, 140))
 
     async def scenario():
-        async with running(model, num_slots=2, num_blocks=6, prefill_chunk=40, backend=backend) as engine:
+        async with running(model, num_slots=2, num_blocks=8, prefill_chunk=20, backend=backend) as engine:
+            clear, cleared = engine.backend.clear, []
+            engine.backend.clear = lambda blocks: (cleared.extend(blocks), clear(blocks))
+            engine._inbox.put(lambda: all_have_come(engine, 2))
             asked = [tokens(engine, wanted(name, (*system, last))) for name, last in (("a", 5), ("b", 6))]
             failed = await asyncio.gather(*asked, return_exceptions=True)
-            return failed, await tokens(engine, wanted("next", good)), engine.stats()
+            return failed, await tokens(engine, wanted("next", good)), cleared, engine.stats()
 
-    failed, after, stats = asyncio.run(scenario())
+    failed, after, cleared, stats = asyncio.run(scenario())
     assert [type(each) for each in failed] == [GenerationFailed] * 2
+    assert len(cleared) == len(set(cleared)) == 6, "two shared blocks, two of each stream's own"
     assert after == reference(tiny_llama, good, 12)
-    assert stats.num_free_blocks == 6
+    assert stats.num_free_blocks == 8
 
 
 @pytest.mark.parametrize("mask", [lambda drawn: [], lambda drawn: 1 / 0], ids=["nothing", "failing"])
