@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from r1ray.train.batches import BatchPlan
 from r1ray.train.order import plan_of
-from r1ray.train.pairs import PairRow
+from r1ray.train.pairs import PairRow, PairSet
 from r1ray.train.reference import Logprobs
 
 if TYPE_CHECKING:
@@ -89,9 +89,10 @@ class PairFeed(Dataset[Pass]):
 def feed_of(bench: Bench, rows: Sequence[PairRow], pad_id: int) -> PairFeed:
     """This rank's feed."""
     order = bench.order
+    assert isinstance(order.material, PairSet), "the rows have two answers each"
     return PairFeed(
         rows=rows,
-        plan=plan_of(order.config, [row.length for row in rows]),
+        plan=plan_of(order.config, order.material.lengths()),
         num_steps=order.num_steps,
         rank=bench.rank,
         num_workers=bench.num_workers,

@@ -1,4 +1,4 @@
-"""Pairs of answers -> token ids of prompt, better and worse answer, once per job and before any worker starts; cached as Parquet.
+"""Pairs of answers -> token ids of prompt, better and worse answer, once per job and before any worker starts; cached as a mapped file.
 
 The ids come from the model's own training template. A prompt that leaves no room for an answer is rejected; an answer that does not
 fit is cut, and counted; a pair whose answers are equal after the cut is rejected. Knows no batch, no model and no loss.
@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from r1ray.data.config import DataConfig
 from r1ray.data.preferences import LoadedPairs, hold_out_pairs
@@ -24,6 +23,7 @@ from r1ray.data.split import origins_digest, stem_hash
 from r1ray.errors import NothingToTrain, TooManyBadRows
 from r1ray.model import template
 from r1ray.model.load import training_tokenizer
+from r1ray.train.mapped import MappedRows, mapped, write_rows
 from r1ray.train.tokens import tokenizer_hash
 from r1ray.types import Artifact, Preference
 
@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["PairLimits", "PairRow", "PairSet", "tokenise_pairs"]
 
-_FORMAT = 1  # of the cache; raise it when the meaning of a column changes
-_SCHEMA = pa.schema([*((name, pa.list_(pa.int32())) for name in ("prompt", "chosen", "rejected")), ("held_out", pa.bool_())])
+_FORMAT = 2  # of the cache; raise it when the meaning of a column changes
+_TOKENS = ("prompt", "chosen", "rejected")
+_SCHEMA = pa.schema([*((name, pa.list_(pa.int32())) for name in _TOKENS), ("held_out", pa.bool_()), ("cut", pa.bool_())])
 _SHOWN_REJECTS = 3
 _log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class PairRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairSet:
-    """A Parquet file of columns `prompt`, `chosen`, `rejected` and `held_out`, and what it holds."""
+    """An Arrow file of columns `prompt`, `chosen`, `rejected`, `held_out` and `cut`, held-out rows last, and what it holds."""
 
     path: Path
     num_rows: int
@@ -93,12 +94,15 @@ class PairSet:
 
     def lengths(self) -> list[int]:
         """Tokens of the longer sequence of each pair to train on."""
-        return [row.length for row in self.rows()[0]]
+        table = mapped(self.path).slice(0, self.num_rows)
+        prompts, *answers = (pc.list_value_length(table[name]) for name in _TOKENS)
+        lengths: list[int] = pc.add(prompts, pc.max_element_wise(*answers)).to_pylist()
+        return lengths
 
-    def rows(self) -> tuple[list[PairRow], list[PairRow]]:
-        """(pairs to train on, pairs held out)."""
-        table = pq.read_table(self.path)
-        return _rows(table.filter(pc.invert(table["held_out"]))), _rows(table.filter(table["held_out"]))
+    def rows(self) -> tuple[Sequence[PairRow], Sequence[PairRow]]:
+        """(pairs to train on, pairs held out); mapped, each read when it is asked for."""
+        table = mapped(self.path)
+        return MappedRows(table.slice(0, self.num_rows), _row), MappedRows(table.slice(self.num_rows), _row)
 
 
 def tokenise_pairs(loaded: LoadedPairs, artifact: Artifact, data: DataConfig, limits: PairLimits, cache: Path) -> PairSet:
@@ -111,44 +115,43 @@ def tokenise_pairs(loaded: LoadedPairs, artifact: Artifact, data: DataConfig, li
     origins = origins_digest(stem_hash(pair.id) for pair in loaded.pairs)
     parts = [_FORMAT, loaded.data_hash, origins, tokenizer_hash(artifact), artifact.manifest.template.sha256, data.system_prompt]
     key = hashlib.sha256(json.dumps([*parts, *asdict(limits).values()]).encode()).hexdigest()[:24]
-    path = cache / "pairs" / f"{key}.parquet"
+    path = cache / "pairs" / f"{key}.arrow"
     if not path.exists():
-        _write(_Encoding.of(loaded, artifact, data, limits), path)
+        write_rows(path, _SCHEMA, _Encoding(training_tokenizer(artifact), data.system_prompt, limits).rows(loaded))
     else:
         _log.info("tokens from the cache: %s", path)
-    tokens = _described(path)
+    tokens = _described(path, len(loaded.pairs))
     _check(tokens, loaded, data, limits.max_length)
     return tokens
 
 
 class _Encoding:
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None, max_length: int) -> None:
-        self._tokenizer, self._system_prompt, self._max_length = tokenizer, system_prompt, max_length
-        self.columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
-        self.num_cut = self.num_rejected = 0
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None, limits: PairLimits) -> None:
+        self._tokenizer, self._system_prompt, self._limits = tokenizer, system_prompt, limits
+        self._max_length = limits.max_length
 
-    @classmethod
-    def of(cls, loaded: LoadedPairs, artifact: Artifact, data: DataConfig, limits: PairLimits) -> _Encoding:
-        encoding = cls(training_tokenizer(artifact), data.system_prompt, limits.max_length)
-        train, held = hold_out_pairs(loaded.pairs, limits.eval_share, seed=limits.seed)
+    def rows(self, loaded: LoadedPairs) -> Iterator[dict[str, Any]]:
+        """Of the pairs that fit: those to train on, then those held out."""
+        num_shown = 0
+        train, held = hold_out_pairs(loaded.pairs, self._limits.eval_share, seed=self._limits.seed)
         for pairs, is_held_out in ((train, False), (held, True)):
             for pair in pairs:
-                encoding.add(pair, is_held_out)
-        return encoding
+                row = self._row(pair, is_held_out)
+                if isinstance(row, dict):
+                    yield row
+                elif (num_shown := num_shown + 1) <= _SHOWN_REJECTS:
+                    _log.warning("left out %s: %s", pair.source or pair.id, row)
 
-    def add(self, pair: Preference, is_held_out: bool) -> None:
+    def _row(self, pair: Preference, is_held_out: bool) -> dict[str, Any] | str:
+        """The pair's row, or why it has none."""
         prompt, chosen = template.answer_ids(self._tokenizer, pair.prompt, pair.chosen, system_prompt=self._system_prompt)
         other, rejected = template.answer_ids(self._tokenizer, pair.prompt, pair.rejected, system_prompt=self._system_prompt)
         room = self._max_length - len(prompt)
         reason = self._problem(prompt, other, chosen[: max(room, 0)], rejected[: max(room, 0)])
         if reason is not None:
-            self.num_rejected += 1
-            if self.num_rejected <= _SHOWN_REJECTS:
-                _log.warning("left out %s: %s", pair.source or pair.id, reason)
-            return
-        self.num_cut += max(len(chosen), len(rejected)) > room
-        for name, value in zip(_SCHEMA.names, (prompt, chosen[:room], rejected[:room], is_held_out), strict=True):
-            self.columns[name].append(value)
+            return reason
+        is_cut = max(len(chosen), len(rejected)) > room
+        return dict(zip(_SCHEMA.names, (prompt, chosen[:room], rejected[:room], is_held_out, is_cut), strict=True))
 
     def _problem(self, prompt: Sequence[int], other: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> str | None:
         if len(prompt) >= self._max_length:
@@ -160,19 +163,9 @@ class _Encoding:
         return None if chosen and rejected else "an answer has no token"
 
 
-def _write(encoding: _Encoding, path: Path) -> None:
-    counts = {"cut": encoding.num_cut, "rejected": encoding.num_rejected}
-    table = pa.table(encoding.columns, schema=_SCHEMA).replace_schema_metadata({"r1ray": json.dumps(counts)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{id(encoding):x}")
-    pq.write_table(table, unfinished, compression="zstd")
-    unfinished.rename(path)
-
-
-def _described(path: Path) -> PairSet:
-    table = pq.read_table(path)
-    counts = json.loads(table.schema.metadata[b"r1ray"])
-    prompts, *answers = (pc.sum(pc.list_value_length(table[name])).as_py() or 0 for name in ("prompt", "chosen", "rejected"))
+def _described(path: Path, num_read: int) -> PairSet:
+    table = mapped(path)
+    prompts, *answers = (pc.sum(pc.list_value_length(table[name])).as_py() or 0 for name in _TOKENS)
     num_held_out = pc.sum(table["held_out"]).as_py() or 0
     return PairSet(
         path=path,
@@ -180,14 +173,13 @@ def _described(path: Path) -> PairSet:
         num_held_out=num_held_out,
         num_tokens=2 * prompts + sum(answers),
         num_answer_tokens=sum(answers),
-        num_cut=counts["cut"],
-        num_rejected=counts["rejected"],
+        num_cut=pc.sum(table["cut"]).as_py() or 0,
+        num_rejected=num_read - table.num_rows,
     )
 
 
-def _rows(table: pa.Table) -> list[PairRow]:
-    columns = (table[name].to_pylist() for name in ("prompt", "chosen", "rejected"))
-    return [PairRow(*map(tuple, row)) for row in zip(*columns, strict=True)]
+def _row(columns: dict[str, Any]) -> PairRow:
+    return PairRow(*(tuple(columns[name]) for name in _TOKENS))
 
 
 def _check(tokens: PairSet, loaded: LoadedPairs, data: DataConfig, max_length: int) -> None:

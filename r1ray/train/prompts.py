@@ -1,4 +1,4 @@
-"""Dialogues -> prompts to answer, once per job and before any worker starts; cached as Parquet.
+"""Dialogues -> prompts to answer, once per job and before any worker starts; cached as a mapped file.
 
 A prompt is everything before a dialogue's last assistant turn, under the template for generation; that turn is its reference. Some
 prompts are held out: the run is judged on them before and after, and never trains on them. Knows no reward and no model.
@@ -9,16 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from r1ray.data.config import DataConfig
 from r1ray.data.read import Loaded
@@ -26,6 +24,7 @@ from r1ray.data.split import origins_digest, stem_hash
 from r1ray.errors import NothingToTrain, TooManyBadRows
 from r1ray.model import template
 from r1ray.model.load import load_tokenizer
+from r1ray.train.mapped import MappedRows, mapped, write_rows
 from r1ray.train.parts import draws
 from r1ray.types import Artifact, Conversation, Message
 
@@ -34,7 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Prompt", "PromptLimits", "PromptSet", "last_answer", "prepare_prompts"]
 
-_FORMAT = 2  # of the cache; raise it when the meaning of a column changes
+_FORMAT = 3  # of the cache; raise it when the meaning of a column changes
+_SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("messages", pa.string()), ("reference", pa.string()), ("held_out", pa.bool_())])
 _MOST_HELD_OUT = 0.2  # of the prompts
 _log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class PromptLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSet:
-    """A Parquet file of columns `ids`, `messages`, `reference` and `held_out`, in the order of the data."""
+    """An Arrow file of columns `ids`, `messages`, `reference` and `held_out`, each side in the order of the data, held-out rows last."""
 
     path: Path
     num_rows: int
@@ -81,18 +81,15 @@ class PromptSet:
 
     def lengths(self) -> list[int]:
         """Tokens of each prompt to train on."""
-        lengths: list[int] = pc.list_value_length(self._table(False)["ids"]).to_pylist()
+        lengths: list[int] = pc.list_value_length(mapped(self.path)["ids"]).slice(0, self.num_rows).to_pylist()
         return lengths
 
-    def rows(self) -> list[Prompt]:
-        return _prompts(self._table(False))
+    def rows(self) -> Sequence[Prompt]:
+        """Mapped: each is read when it is asked for."""
+        return MappedRows(mapped(self.path).slice(0, self.num_rows), _prompt)
 
-    def held_out(self) -> list[Prompt]:
-        return _prompts(self._table(True))
-
-    def _table(self, held_out: bool) -> pa.Table:
-        table = pq.read_table(self.path)
-        return table.filter(pc.equal(table["held_out"], held_out))
+    def held_out(self) -> Sequence[Prompt]:
+        return MappedRows(mapped(self.path).slice(self.num_rows), _prompt)
 
 
 def prepare_prompts(loaded: Loaded, artifact: Artifact, data: DataConfig, limits: PromptLimits, cache: Path) -> PromptSet:
@@ -102,10 +99,10 @@ def prepare_prompts(loaded: Loaded, artifact: Artifact, data: DataConfig, limits
         TooManyBadRows: with the dialogues that have no answer to learn from or are too long, the invalid share exceeds `max_bad_share`.
         NothingToTrain: no prompt is left.
     """
-    path = cache / "prompts" / f"{_key(loaded, artifact, data, limits)}.parquet"
+    path = cache / "prompts" / f"{_key(loaded, artifact, data, limits)}.arrow"
     if not path.exists():
         prompts, origins = _encoded(loaded.conversations, load_tokenizer(artifact), data.system_prompt, limits.max_tokens)
-        _write(_Parted.of(prompts, origins, limits), path)
+        write_rows(path, _SCHEMA, _rows(_Parted.of(prompts, origins, limits)))
     else:
         _log.info("prompts from the cache: %s", path)
     found = _described(path, len(loaded.conversations))
@@ -174,39 +171,26 @@ def _key(loaded: Loaded, artifact: Artifact, data: DataConfig, limits: PromptLim
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def _write(parted: _Parted, path: Path) -> None:
-    rows = [*parted.trained, *parted.held_out]
-    schema = pa.schema([("ids", pa.list_(pa.int32())), ("messages", pa.string()), ("reference", pa.string()), ("held_out", pa.bool_())])
-    columns = {
-        "ids": [prompt.ids for prompt in rows],
-        "messages": [json.dumps([[m.role, m.content] for m in prompt.messages], ensure_ascii=False) for prompt in rows],
-        "reference": [prompt.reference for prompt in rows],
-        "held_out": [False] * len(parted.trained) + [True] * len(parted.held_out),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(pa.table(columns, schema=schema), unfinished, compression="zstd")
-    unfinished.rename(path)
+def _rows(parted: _Parted) -> Iterator[dict[str, Any]]:
+    for prompts, is_held_out in ((parted.trained, False), (parted.held_out, True)):
+        for prompt in prompts:
+            messages = json.dumps([[m.role, m.content] for m in prompt.messages], ensure_ascii=False)
+            yield {"ids": prompt.ids, "messages": messages, "reference": prompt.reference, "held_out": is_held_out}
 
 
 def _described(path: Path, num_read: int) -> PromptSet:
-    table = pq.read_table(path, columns=["ids", "held_out"])
-    num_held_out = sum(table["held_out"].to_pylist())
+    table = mapped(path)
+    num_held_out = pc.sum(table["held_out"]).as_py() or 0
+    num_rows = table.num_rows - num_held_out
     return PromptSet(
         path=path,
-        num_rows=table.num_rows - num_held_out,
+        num_rows=num_rows,
         num_held_out=num_held_out,
-        num_tokens=sum(pc.list_value_length(table["ids"]).to_pylist()[: table.num_rows - num_held_out]),
+        num_tokens=pc.sum(pc.list_value_length(table["ids"]).slice(0, num_rows)).as_py() or 0,
         num_rejected=num_read - table.num_rows,
     )
 
 
-def _prompts(table: pa.Table) -> list[Prompt]:
-    return [
-        Prompt(
-            ids=row["ids"],
-            messages=tuple(Message(role=role, content=text) for role, text in json.loads(row["messages"])),
-            reference=row["reference"],
-        )
-        for row in table.to_pylist()
-    ]
+def _prompt(columns: dict[str, Any]) -> Prompt:
+    messages = tuple(Message(role=role, content=text) for role, text in json.loads(columns["messages"]))
+    return Prompt(ids=columns["ids"], messages=messages, reference=columns["reference"])

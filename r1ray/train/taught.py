@@ -1,6 +1,7 @@
 """A teacher's answers to the questions of a data set, written once through the engine and kept as Parquet with their provenance.
 
-Runs in the driver. The last answer of each dialogue is replaced by the teacher's; its reasoning comes with it.
+Runs in the driver. Each answer is kept as soon as it is there, so a job that is submitted again asks only what is missing.
+The last answer of each dialogue is replaced by the teacher's; its reasoning comes with it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,6 +40,8 @@ _FORMAT = 1  # of the cache; raise it when the meaning of a column changes
 _NUM_SLOTS = 32
 _SCHEMA = pa.schema([("id", pa.string()), ("answer", pa.string()), ("reasoning", pa.string()), ("finish_reason", pa.string())])
 _log = logging.getLogger(__name__)
+
+Row = dict[str, str | None]
 
 
 def taught_by(teacher: Artifact, loaded: Loaded, config: FinetuneConfig, settings: Settings) -> Loaded:
@@ -65,16 +69,12 @@ def taught_by(teacher: Artifact, loaded: Loaded, config: FinetuneConfig, setting
 
 
 def _write(asked: list[Conversation], teacher: Artifact, config: FinetuneConfig, settings: Settings, path: Path) -> None:
-    _log.info("%s answers %d questions", teacher.ref, len(asked))
-    tokenizer, thinks = load_tokenizer(teacher), read(teacher).thinks
-    done = _generate(asked, teacher, config, settings)
-    parts = [split(tokenizer.decode(one.token_ids, skip_special_tokens=True), thinks) for one in done]
-    columns = {
-        "id": [conversation.id for conversation in asked],
-        "answer": [answer for _, answer in parts],
-        "reasoning": [reasoning for reasoning, _ in parts],
-        "finish_reason": [one.finish_reason for one in done],
-    }
+    unfinished = path.with_suffix(".jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = _kept(unfinished)
+    _log.info("%s answers %d questions%s", teacher.ref, len(asked) - len(done), f" ({len(done)} are answered)" if done else "")
+    with unfinished.open("a", encoding="utf-8") as file:
+        _answer(asked, done, teacher, config, settings, file)
     provenance = {
         "teacher": teacher.ref,
         "weights_sha256": teacher.manifest.weights_sha256,
@@ -83,16 +83,31 @@ def _write(asked: list[Conversation], teacher: Artifact, config: FinetuneConfig,
         "data": str(config.data.path),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    table = pa.table(columns, schema=_SCHEMA).replace_schema_metadata({"r1ray": json.dumps(provenance, ensure_ascii=False)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(table, unfinished, compression="zstd")
-    unfinished.rename(path)
+    rows = [done[conversation.id] for conversation in asked]
+    table = pa.Table.from_pylist(rows, _SCHEMA.with_metadata({"r1ray": json.dumps(provenance, ensure_ascii=False)}))
+    hidden = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(table, hidden, compression="zstd")
+    hidden.rename(path)
+    unfinished.unlink()
 
 
-def _generate(asked: list[Conversation], teacher: Artifact, config: FinetuneConfig, settings: Settings) -> list[Completion]:
+def _kept(unfinished: Path) -> dict[str, Row]:
+    """Id -> row, of the whole lines that an ended job has left; a line that it was killed in is cut off."""
+    if not unfinished.exists():
+        return {}
+    written = unfinished.read_bytes()
+    whole = written[: written.rfind(b"\n") + 1]
+    os.truncate(unfinished, len(whole))
+    rows = [json.loads(line) for line in whole.splitlines()]
+    return {row["id"]: row for row in rows}
+
+
+def _answer(
+    asked: list[Conversation], done: dict[str, Row], teacher: Artifact, config: FinetuneConfig, settings: Settings, file: TextIO
+) -> None:
+    """Put what is missing into `done` and into the file, answer by answer."""
     engine = create_engine(teacher, EngineConfig(num_slots=_NUM_SLOTS), Registry(settings))
-    tokenizer, sampling = load_tokenizer(teacher), _sampling(config)
+    tokenizer, sampling, thinks = load_tokenizer(teacher), _sampling(config), read(teacher).thinks
     requests = [
         GenerationRequest(
             id=str(number),
@@ -102,17 +117,20 @@ def _generate(asked: list[Conversation], teacher: Artifact, config: FinetuneConf
             sampling=sampling.model_copy(update={"seed": config.train.seed + number}),
         )
         for number, conversation in enumerate(asked)
+        if conversation.id not in done
     ]
-    num_done = 0
 
-    def on_done(_: Completion) -> None:
-        nonlocal num_done
-        num_done += 1
-        if num_done % 100 == 0:
-            _log.info("%d of %d questions answered", num_done, len(requests))
+    def on_done(one: Completion) -> None:
+        reasoning, answer = split(tokenizer.decode(one.token_ids, skip_special_tokens=True), thinks)
+        id_ = asked[int(one.request_id)].id
+        done[id_] = {"id": id_, "answer": answer, "reasoning": reasoning, "finish_reason": one.finish_reason}
+        file.write(json.dumps(done[id_], ensure_ascii=False) + "\n")
+        file.flush()
+        if len(done) % 100 == 0:
+            _log.info("%d of %d questions answered", len(done), len(asked))
 
     try:
-        return generate_all(engine, requests, on_done)
+        generate_all(engine, requests, on_done)
     finally:
         asyncio.run(engine.stop())
 

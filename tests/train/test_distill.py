@@ -155,6 +155,14 @@ def test_a_teachers_texts_are_written_once_with_their_provenance(config, registr
     before = path.stat().st_mtime_ns
     objective.prepare(objective.read(made), base, made, settings)
     assert path.stat().st_mtime_ns == before
+    rows = written.to_pylist()
+    rows[1]["answer"] = "kept, not asked again"
+    left = path.with_suffix(".jsonl")  # of a job that was killed in its third answer
+    left.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]) + json.dumps(rows[2])[:9])
+    path.unlink()
+    objective.prepare(objective.read(made), base, made, settings)
+    assert pq.read_table(path).to_pylist() == rows, "the same answers, whoever else is asked"
+    assert not left.exists()
 
 
 def test_another_teacher_is_another_run(config, registry, tiny_qwen2) -> None:

@@ -61,19 +61,20 @@ class PreferenceTrainer(PairTrainer, DPOTrainer):
 
     def refer_to(self, reference: Reference) -> None:
         """Have the base's log-probabilities of every row that is used: from `reference`, else computed by all ranks and added to it."""
-        rows = [*self.feed.rows, *self.judged_rows]
-        wanted = sorted(self.feed.rows_used()) + list(range(len(self.feed.rows), len(rows)))
+        num = len(self.feed.rows)
+        wanted = sorted(self.feed.rows_used()) + list(range(num, num + len(self.judged_rows)))
         known = self._agreed(reference)
         missing = [row for row in wanted if row not in known]
         if missing:
             engine = prepare_deepspeed(self.model, self.accelerator) if self.is_deepspeed_enabled else self.model
             for start in range(0, len(missing), _ROWS_AT_ONCE):
                 block = missing[start : start + _ROWS_AT_ONCE]
-                computed = self.scored(engine, [rows[row] for row in block], self.compute_ref_log_probs)
+                rows = [self.feed.rows[row] if row < num else self.judged_rows[row - num] for row in block]
+                computed = self.scored(engine, rows, self.compute_ref_log_probs)
                 added = {block[place]: scores for place, scores in computed.items()}
                 known |= added
                 if self.accelerator.is_main_process:
-                    reference.add(added, len(rows))
+                    reference.add(added)
         self._reference = self.feed.reference = known
 
     def compute_loss(self, model: Any, inputs: Pass, *_: Any, num_items_in_batch: Any = None, **__: Any) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,7 @@ class PromptFeed(Dataset[list[dict[str, Any]]]):
     An epoch's last batch is filled up by its own prompts again, as groups of their own.
     """
 
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
     plan: BatchPlan
     num_steps: int
     rank: int

@@ -78,7 +78,7 @@ class GroupTrainer(PacedTrainer, GRPOTrainer):
         directory = Path(self.args.output_dir) / "policy"
         self.rollouts = EngineRollouts(engine, directory, tuple(self.eos_token_ids), self.max_completion_length)
 
-    def judge_on(self, prompts: list[Prompt], run_directory: Path) -> None:
+    def judge_on(self, prompts: Sequence[Prompt], run_directory: Path) -> None:
         """Answer `prompts` greedily before and after, and note the mean rewards in the run's directory."""
         self._held_out.prompts, self._held_out.run_directory = prompts, run_directory
 
@@ -223,7 +223,7 @@ class _HeldOut(TrainerCallback):
 
     def __init__(self, trainer: GroupTrainer) -> None:
         self.trainer = trainer
-        self.prompts: list[Prompt] = []
+        self.prompts: Sequence[Prompt] = ()
         self.run_directory = Path()
 
     def on_train_begin(self, _: TrainingArguments, state: TrainerState, *__: Any, **___: Any) -> None:

@@ -50,7 +50,7 @@ def trainer(pairs, directory, out: Path, loss: str = "sigmoid", *, adapter=False
         callbacks=[],
     )
     made.judge_on(held_out, out)
-    made.refer_to(Reference(out / "reference.parquet"))
+    made.refer_to(Reference(out / "reference"))
     return made
 
 
@@ -133,10 +133,10 @@ def test_the_reference_is_the_base_and_is_computed_once(pairs, tiny_llama, tmp_p
 
 
 def test_a_longer_run_adds_only_the_rows_that_are_missing(tmp_path) -> None:
-    reference = Reference(tmp_path / "r.parquet")
+    reference = Reference(tmp_path / "reference")
     assert reference.known() == {}
-    reference.add({0: (-1.0, -2.0), 3: (-3.0, -4.0)}, 5)
-    reference.add({1: (-5.0, -6.0)}, 5)
+    reference.add({0: (-1.0, -2.0), 3: (-3.0, -4.0)})
+    reference.add({1: (-5.0, -6.0)})
     assert reference.known() == {0: (-1.0, -2.0), 1: (-5.0, -6.0), 3: (-3.0, -4.0)}
 
 
