@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from r1ray.errors import TrainingError
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 __all__ = ["Peers"]
 
@@ -44,7 +44,7 @@ class Peers:
         if not dist.is_initialized():
             return cls(rank, world, None)
         store = dist.distributed_c10d._get_default_store()
-        return cls(rank, world, dist.PrefixStore(f"r1ray/{next(_ATTEMPTS)}", store))
+        return cls(rank, world, dist.PrefixStore(f"r1ray/{next(_ATTEMPTS)}", store))  # type: ignore[attr-defined]  # it is public
 
     def gathered(self, value: T) -> list[T]:
         """Everyone's value, by rank; waits for the slowest.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from r1ray.model.importer import import_model
-from r1ray.train import checkpoint
+from r1ray.train import checkpoint, universal
 from r1ray.train.progress import curve
 from r1ray.train.standing import MARK, Standing
 
@@ -77,3 +77,36 @@ def test_offloaded_states_train_to_the_same_losses(home) -> None:
     losses = launch(home, 2, *runs)
     for stage in (2, 3):
         assert losses[f"moved-{stage}"] == pytest.approx(losses[f"kept-{stage}"], rel=1e-5)
+
+
+def test_a_large_checkpoint_is_converted_by_as_many_processes_as_the_node_can_hold(tmp_path) -> None:
+    for rank in range(4):
+        with (tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").open("wb") as stream:
+            stream.truncate(10 << 20)
+    plenty = 1 << 40
+    assert universal.num_processes(tmp_path, num_cores=16, free_bytes=plenty) == 1, "it is small"
+    for shard in tmp_path.iterdir():
+        with shard.open("r+b") as stream:
+            stream.truncate(1 << 30)
+    assert universal.num_processes(tmp_path, num_cores=16, free_bytes=plenty) == 4
+    assert universal.num_processes(tmp_path, num_cores=2, free_bytes=plenty) == 2
+    assert universal.num_processes(tmp_path, num_cores=16, free_bytes=6 << 30) == 3, "each holds a shard twice"
+    assert universal.num_processes(tmp_path, num_cores=16, free_bytes=0) == 1
+
+
+@pytest.mark.slow
+def test_several_processes_convert_to_what_one_does(home, settings) -> None:
+    import torch
+
+    launch(home, 2, "parted:2:2", "parted:3:2")
+    for stage in (2, 3):
+        run = settings.checkpoints / f"parted-{stage}"
+        source = checkpoint.found(run)[0]
+        for num in (1, 2):
+            (run / ".universal" / str(num)).mkdir(parents=True)
+            universal._convert_aside(source, run / ".universal" / str(num), num)
+        one, two = run / ".universal" / "1", run / ".universal" / "2"
+        names = sorted(path.relative_to(one) for path in one.rglob("*/zero/*/*.pt"))
+        assert names and names == sorted(path.relative_to(two) for path in two.rglob("*/zero/*/*.pt"))
+        for name in names:
+            torch.testing.assert_close(torch.load(two / name, weights_only=False), torch.load(one / name, weights_only=False))
