@@ -180,7 +180,7 @@ class PacedTrainer(Trainer):
             self._save(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """What this rank holds, or what was gathered (`state_dict`): that without tied copies, which accelerate has cloned, and with what is
+        """What this rank holds, or what was gathered (`state_dict`): that without tied copies, which accelerate has cloned, with what is
         stored and not trained, as DeepSeek-V3's routing bias; DeepSpeed gathers a split model's parameters only."""
         if not self.args.should_save:
             return

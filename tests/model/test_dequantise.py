@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from r1ray.cli import app
 from r1ray.config import load_config
 from r1ray.errors import DiskFull, UnsupportedModel
 from r1ray.model import template
@@ -127,3 +129,9 @@ def test_a_file_written_tensor_by_tensor_is_read_back_by_safetensors(tmp_path) -
     assert found.keys() == kept.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in kept.items())
     assert stored_tensors(tmp_path / "x.safetensors") == stored
+
+
+def test_the_command_names_the_version_that_it_made(published, settings) -> None:
+    done = CliRunner().invoke(app, ["dequantise", "r1", "--name", "plain-r1"])
+    assert done.exit_code == 0
+    assert done.output.startswith("plain-r1@1: ")

@@ -158,3 +158,9 @@ def test_whole_weights_are_not_merged_again(tiny_qwen2, registry, tmp_path):
     with pytest.raises(AdapterMismatch, match="whole already"):
         merged_version(base.ref, registry)
     assert [model.name for model in registry.models() if model.name.endswith("-merged")] == []
+
+
+def test_weights_go_straight_to_the_device_that_is_named(tiny_llama, registry):
+    """torch's device without memory stands for a GPU."""
+    model = load_model(import_model(str(tiny_llama), name="m", registry=registry), registry=registry, dtype="float16", device="meta")
+    assert {(parameter.device.type, parameter.dtype) for parameter in model.parameters()} == {("meta", torch.float16)}
