@@ -16,7 +16,7 @@ __all__ = ["StageActors"]
 
 log = logging.getLogger(__name__)
 
-LOAD_TIMEOUT_S = 600.0
+LOAD_TIMEOUT_S = 3600.0  # of hundreds of gigabytes, from a shared file system; a rank that dies is noticed at once
 
 
 class StageActor:

@@ -70,12 +70,12 @@ class _Latent:
         self._layer = module.layer_idx
         self._cache = cache
         self._rank, self._nope = module.kv_lora_rank, module.qk_nope_head_dim
-        self._up_HDC = _matrix(module.kv_b_proj).unflatten(0, (-1, module.qk_nope_head_dim + module.v_head_dim))
+        self._up_HDC = torch.unflatten(_matrix(module.kv_b_proj), 0, (-1, module.qk_nope_head_dim + module.v_head_dim))
 
     def rows(self, query: Tensor, rows: Rows, mask: Tensor | None, scale: float) -> Tensor:
         """All heads look at one key, the latent and its rotary part: (q W_k) c for q (W_k c), and W_v (p c) for p (W_v c)."""
         (latents,) = self._cache.of_rows(self._layer, rows)
-        nope, rotary = query[0].split([self._nope, query.shape[-1] - self._nope], dim=-1)
+        nope, rotary = torch.split(query[0], [self._nope, query.shape[-1] - self._nope], dim=-1)
         absorbed = torch.cat((torch.matmul(nope, self._up_HDC[:, : self._nope]), rotary), dim=-1)
         seen = scaled_dot_product_attention(
             absorbed.transpose(0, 1)[:, None], latents, latents[..., : self._rank], attn_mask=mask, scale=scale
@@ -90,24 +90,27 @@ class _Latent:
         parts = []
         for first in range(0, query.shape[1], num):
             up_HDC = self._up_HDC[first : first + num]
-            both = (latent_LC @ up_HDC.flatten(0, 1).T).unflatten(1, (-1, up_HDC.shape[1])).transpose(0, 1)[None]
+            both = torch.unflatten(latent_LC @ up_HDC.flatten(0, 1).T, 1, (-1, up_HDC.shape[1])).transpose(0, 1)[None]
             keys = torch.cat((both[..., : self._nope], rotary.expand(-1, both.shape[1], -1, -1)), dim=-1)
             parts.append(_causal(query[:, first : first + num], keys, both[..., self._nope :], mask, scale))
         return torch.cat(parts, dim=1)
 
 
 def _causal(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """(1, H, n, D) over (1, K, L, D) -> (n, H, D).
+    """(1, H, n, D) over (1, K, L, D) -> (n, H, D)."""
+    has_groups = query.shape[1] > keys.shape[1]
+    if mask is not None and has_groups and query.device.type != "cpu":
+        return _by_group(query, keys, values, mask, scale)
+    attended = scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=has_groups)
+    return attended[0].transpose(0, 1)
 
-    With a mask the queries of each key head are taken one after the other, as many at a time as there are key heads: kernels that do not
-    write the scores down take a mask or grouped heads, not both.
+
+def _by_group(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """As `_causal`: the first query of each key head, then the second. CUDA's kernels that do not write the scores down take a mask or
+    grouped heads, not both; the CPU's takes both, and faster.
     """
-    num_groups = query.shape[1] // keys.shape[1]
-    if mask is None:
-        out = scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=num_groups > 1)
-        return out[0].transpose(0, 1)
-    grouped = query.unflatten(1, (keys.shape[1], num_groups))
-    parts = [scaled_dot_product_attention(grouped[:, :, i], keys, values, attn_mask=mask, scale=scale) for i in range(num_groups)]
+    grouped = torch.unflatten(query, 1, (keys.shape[1], -1))
+    parts = [scaled_dot_product_attention(group, keys, values, attn_mask=mask, scale=scale) for group in grouped.unbind(2)]
     return torch.stack(parts, dim=2)[0].flatten(0, 1).transpose(0, 1)
 
 

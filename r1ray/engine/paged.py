@@ -153,13 +153,13 @@ def wanted_tokens(pieces: Sequence[Piece]) -> list[int]:
     return [i for end, piece in zip(ends, pieces, strict=True) for i in range(end - piece.num_logits, end)]
 
 
-def kv_bytes_per_token(config: Any, dtype: torch.dtype, *, num_tensor: int = 1) -> int:
-    """Room that one position takes in the cache over all layers: each of `num_tensor` ranks has its own key heads, but every latent."""
+def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Room that one position takes in a cache over all layers, from the configuration alone: for engines that allocate it themselves."""
     if _is_latent(config):
         numbers = config.kv_lora_rank + config.qk_rope_head_dim
     else:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        numbers = 2 * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim // num_tensor
+        numbers = 2 * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim
     return int(numbers * config.num_hidden_layers * dtype.itemsize)
 
 

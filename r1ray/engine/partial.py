@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from r1ray.engine.tensor import WHOLE, Cut, Share, split
 from r1ray.errors import UnsupportedModel
 from r1ray.model.checkpoint import Tensors, checkpoint_tensors
+from r1ray.model.fp8 import SCALE, Fp8, dequantized, fp8_of
 
 if TYPE_CHECKING:
     import torch
@@ -73,24 +74,35 @@ def _fill(model: Any, source: _Source, share: Share) -> None:
 
 class _Source:
     """The files' tensors by their names in a model whose layers begin with number `first`. Of a cut one only the part is read: what is
-    mapped from a file is read where it is touched. FP8 is made bfloat16 whole, then cut."""
+    mapped from a file is read where it is touched. FP8 is cut first too, where a part ends with its blocks, then made bfloat16."""
 
     def __init__(self, directory: Path, first: int, config: PretrainedConfig) -> None:
         self.is_tied = bool(config.tie_word_embeddings)
-        self._is_made = bool(getattr(config, "quantization_config", None))
         self._directory = directory
         self._first = first
-        self._tensors: Tensors = checkpoint_tensors(directory)
+        self._tensors: Tensors = checkpoint_tensors(directory, as_stored=True)
+        self._fp8 = fp8_of(config.to_dict(), directory) or Fp8()
 
     def tensor(self, name: str, cut: Cut | None, share: Share) -> torch.Tensor:
         stored = self._stored_name(name)
-        if (found := self._tensors(stored)) is not None:
-            if cut is None:
-                return found
-            return cut(found, share).clone() if self._is_made else cut(found, share)  # a part must not hold a whole that is in memory
+        if (part := self._part(stored, cut, share)) is not None:
+            return part
         if (found := self._stacked(stored, cut, share)) is None:
             raise UnsupportedModel(f"{self._directory} has no tensor {stored}. Import the model again.")
         return found
+
+    def _part(self, name: str, cut: Cut | None, share: Share) -> torch.Tensor | None:
+        found, factors = self._tensors(name), self._tensors(name + SCALE)
+        if found is None or factors is None or cut is None:
+            return None if found is None else _cut(self._plain({name: found, name + SCALE: factors}, name), cut, share)
+        if _ends_at_blocks(found, factors, cut, share, self._fp8):
+            return self._plain({name: cut(found, share), name + SCALE: cut(factors, share)}, name)
+        return cut(self._plain({name: found, name + SCALE: factors}, name), share).clone()  # a part must not keep the whole
+
+    def _plain(self, tensors: dict[str, torch.Tensor | None], name: str) -> torch.Tensor:
+        plain = dequantized(tensors.get, self._fp8)(name)
+        assert plain is not None, "it is one of them"
+        return plain
 
     def _stored_name(self, name: str) -> str:
         if name == HEAD and self.is_tied:
@@ -111,7 +123,17 @@ class _Source:
         one = cut and replace(cut, packed=False)
         experts: list[torch.Tensor] = []
         while True:
-            found = [self._tensors(f"{prefix}.experts.{len(experts)}.{part}.weight") for part in parts]
+            found = [self._part(f"{prefix}.experts.{len(experts)}.{part}.weight", one, share) for part in parts]
             if any(tensor is None for tensor in found):
                 return torch.stack(experts) if experts else None
-            experts.append(torch.cat([tensor if one is None else one(tensor, share) for tensor in found if tensor is not None]))
+            experts.append(torch.cat([tensor for tensor in found if tensor is not None]))
+
+
+def _cut(tensor: torch.Tensor, cut: Cut | None, share: Share) -> torch.Tensor:
+    return tensor if cut is None else cut(tensor, share)
+
+
+def _ends_at_blocks(weight: torch.Tensor, factors: torch.Tensor, cut: Cut, share: Share, fp8: Fp8) -> bool:
+    """Whether the parts of the factors are the factors of the parts."""
+    width = weight.shape[cut.dim] // (2 if cut.packed else 1)
+    return factors.dim() == 2 and factors.numel() > 1 and not cut.once and width % (share.size * fp8.block[cut.dim]) == 0

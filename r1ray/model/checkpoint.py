@@ -130,11 +130,11 @@ def write_tensors(file: Path, stored: Mapping[str, Stored], tensor: Callable[[st
             stream.write(values.view(torch.uint8).numpy().data)
 
 
-def checkpoint_tensors(directory: Path) -> Tensors:
+def checkpoint_tensors(directory: Path, *, as_stored: bool = False) -> Tensors:
     """The tensors of a directory, each mapped from its shard when it is asked for and unmapped with its last view.
 
     A stage of a pipeline reads its own only, and who packs one after the other never has all of them in memory. What is stored in FP8
-    comes as bfloat16.
+    comes as bfloat16, unless `as_stored`.
 
     Raises:
         UnsupportedModel: as `weight_files`, `tensor_shapes` and `fp8_of`; later, a tensor of a type that torch has not.
@@ -145,7 +145,7 @@ def checkpoint_tensors(directory: Path) -> Tensors:
     def tensor(name: str) -> Tensor | None:
         return _mapped(name, *places[name]) if name in places else None
 
-    return dequantized(tensor, fp8)
+    return tensor if as_stored else dequantized(tensor, fp8)
 
 
 def _mapped(name: str, file: Path, entry: Mapping[str, Any]) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
+from r1ray.engine.attention import _by_group, _causal
 from r1ray.engine.backend import BLOCK_SIZE, Piece
 from r1ray.engine.memory import CacheWish
 from r1ray.engine.paged import TransformersBackend
@@ -87,3 +88,11 @@ def test_the_cache_is_there_before_the_first_pass(family: Path) -> None:
     assert backend._workspace_bytes(wish) > backend._workspace_bytes(CacheWish(num_slots=2, context=512)) > 0
     backend.allocate(wish.num_blocks)
     assert {tensor.shape[0] for tensor in (*backend._cache.keys.values(), *backend._cache.values.values())} == {wish.num_blocks}
+
+
+def test_grouped_heads_under_a_mask_are_taken_one_group_after_the_other() -> None:
+    """What GPUs compute: one call for each query of a key head."""
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(1, 6, 5, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    mask = torch.arange(9)[None] <= torch.arange(4, 9)[:, None]
+    torch.testing.assert_close(_by_group(query, keys, values, mask, 0.3), _causal(query, keys, values, mask, 0.3))

@@ -69,8 +69,10 @@ def test_fp8_stages_compute_what_their_weights_stand_for(family: str, request: p
     torch.testing.assert_close(split_logits(fp8, torch.float32), one.forward(SENT), rtol=1e-5, atol=1e-5)
 
 
-def test_a_tensor_rank_holds_its_part_of_an_fp8_tensor_alone(tiny_deepseek_v3: Path, tmp_path: Path) -> None:
-    fp8 = save_as_fp8(tiny_deepseek_v3, tmp_path / "fp8", block=(16, 24), plain=tmp_path / "plain")
+@pytest.mark.parametrize("block", [(16, 24), (16, 16), (8, 8)])
+def test_a_tensor_rank_holds_its_part_of_an_fp8_tensor_alone(block: tuple[int, int], tiny_deepseek_v3: Path, tmp_path: Path) -> None:
+    """Whether the parts end with blocks or inside them."""
+    fp8 = save_as_fp8(tiny_deepseek_v3, tmp_path / "fp8", block=block, plain=tmp_path / "plain")
     made, right = (
         load_layers(path, AutoConfig.from_pretrained(path), torch.bfloat16, (0, 2), Share(1, 2)).state_dict()
         for path in (fp8, tmp_path / "plain")

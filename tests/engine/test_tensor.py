@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config
 
-from r1ray.engine.backend import Piece
+from r1ray.engine.backend import BLOCK_SIZE, Piece
 from r1ray.engine.batching import BatchingEngine
 from r1ray.engine.config import EngineConfig
-from r1ray.engine.memory import CacheWish
+from r1ray.engine.memory import CacheWish, Room
 from r1ray.engine.paged import TransformersBackend, kv_bytes_per_token
 from r1ray.engine.pipeline import Host, PipelineBackend, Worker
 from r1ray.engine.stage import Link, Place, StageOrder, orders_by_rank
@@ -130,7 +131,7 @@ def test_a_rank_holds_its_own_key_heads_and_its_part_of_the_weights(tiny_llama: 
     layers: Any = backend._layers
     assert {cached.shape[2] for cached in (*layers._cache.keys.values(), *layers._cache.values.values())} == {1}, "of two key heads"
     config = AutoConfig.from_pretrained(tiny_llama)
-    assert kv_bytes_per_token(config, torch.float32, num_tensor=2) * 2 == kv_bytes_per_token(config, torch.float32)
+    assert layers._cache.bytes_per_block * 2 == BLOCK_SIZE * kv_bytes_per_token(config, torch.float32)
     shapes = {name.removeprefix("model.layers.1."): tuple(tensor.shape) for name, tensor in layers._model.state_dict().items()}
     assert shapes["self_attn.k_proj.weight"] == (32, 64)
     assert shapes["self_attn.o_proj.weight"] == (64, 64)
@@ -147,7 +148,7 @@ def test_every_rank_of_a_latent_model_has_all_latents_and_its_part_of_each_exper
     assert layers._cache.keys[0].shape[2:] == (1, 16 + 8)
     assert not layers._cache.values, "latents are keys and values at once"
     config = AutoConfig.from_pretrained(tiny_deepseek_v3)
-    assert kv_bytes_per_token(config, torch.float32, num_tensor=2) == kv_bytes_per_token(config, torch.float32)
+    assert layers._cache.bytes_per_block == BLOCK_SIZE * kv_bytes_per_token(config, torch.float32)
     shapes = {name.removeprefix("model.layers.1."): tuple(tensor.shape) for name, tensor in layers._model.state_dict().items()}
     assert shapes["mlp.experts.gate_up_proj"] == (4, 2 * 16, 64)
     assert shapes["mlp.experts.down_proj"] == (4, 64, 16)
@@ -235,3 +236,57 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(("num_stages", "num_tensor"), [(2, 1), (1, 2)])
+def test_a_rank_that_fails_says_why(num_stages: int, num_tensor: int, tiny_llama: Path) -> None:
+    backend = split_backend(tiny_llama, num_stages, num_tensor)
+    workers: Any = backend._workers
+
+    def full(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    workers._workers[0].layers.stage = full
+    lost: list[str] = []
+    backend.watch(lost.append)
+    backend.submit([Piece(ids=[5], start=0, table=[3], num_logits=1)])
+    assert workers.ended.wait(20)
+    deadline = time.monotonic() + 5
+    while not lost and time.monotonic() < deadline:
+        time.sleep(0.01)
+    layers = "0-0" if num_stages == 2 else "0-1"
+    assert lost[0].endswith(f"of the pipeline is gone. Rank 1 (layers {layers}): OutOfMemoryError: CUDA out of memory.")
+
+
+def test_ranks_that_cannot_agree_on_a_cache_fail_together(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Threads.start
+
+    def full(_wish: CacheWish) -> Room:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def start(threads: Threads, orders: Sequence[StageOrder]) -> None:
+        whole(threads, orders)
+        layers: Any = threads._workers[0].layers
+        layers.room = full
+
+    monkeypatch.setattr(Threads, "start", start)
+    with pytest.raises(EngineStopped, match=r"Rank 1 \(layers 0-0\): OutOfMemoryError: CUDA out of memory"):
+        split_backend(tiny_llama, 2, 1)
+
+
+def test_all_ranks_have_as_many_blocks_as_the_fullest(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("r1ray.engine.memory.KV_SHARE", {"cpu": 0.5})
+    whole = Threads.start
+
+    def start(threads: Threads, orders: Sequence[StageOrder]) -> None:
+        whole(threads, orders)
+        layers: Any = threads._workers[0].layers
+        found = layers.room(orders[0].wish)
+        layers.room = lambda _wish: replace(found, memory="another", free_bytes=20 * found.bytes_per_block)
+
+    monkeypatch.setattr(Threads, "start", start)
+    backend = split_backend(tiny_llama, 2, 1)
+    workers: Any = backend._workers
+    assert backend.num_blocks == workers._workers[0].num_blocks == 10
+    assert {cached.shape[0] for cached in workers._workers[0].layers._cache.keys.values()} == {10}
+    backend.close()

@@ -24,6 +24,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 
 from r1ray.engine.config import EngineConfig  # noqa: E402
 from r1ray.engine.create import create_engine  # noqa: E402
+from r1ray.engine.hardware import _given_gpus  # noqa: E402
 from r1ray.engine.protocol import GenerationRequest  # noqa: E402
 from r1ray.errors import EngineStopped  # noqa: E402
 from r1ray.model.importer import import_model  # noqa: E402
@@ -109,6 +110,14 @@ def placed(nodes: Cluster) -> dict[str, int]:
     return found
 
 
+def given() -> dict[str, Any]:
+    """The GPUs that Ray has given to this driver, to a task that reserves none, and to one that reserves one."""
+    import ray
+
+    tasks = {str(num): ray.remote(num_cpus=1, num_gpus=num)(_given_gpus).remote() for num in (0, 1)}
+    return {"driver": _given_gpus(), **{num: ray.get(task) for num, task in tasks.items()}}
+
+
 def main(directories: dict[str, Path]) -> None:
     import ray
     from ray.util import remove_placement_group
@@ -145,6 +154,7 @@ def main(directories: dict[str, Path]) -> None:
         engine, _ = spread_engine(artifacts["qwen2"], registry, 2, "auto")
         found["killed"] = asyncio.run(killed(engine))
         found["placed"] = placed(nodes)
+        found["given"] = given()
         print("FOUND " + json.dumps(found), flush=True)
     finally:
         ray.shutdown()

@@ -39,6 +39,8 @@ def test_stages_on_nodes_of_their_own_generate_what_one_process_does(tiny_qwen2:
     assert done.returncode == 0 and lines, done.stdout[-2000:] + done.stderr[-4000:]
     found = json.loads(lines[0].removeprefix("FOUND "))
     assert found.pop("placed") == {"r1-distill-qwen-32b": 1, "r1-distill-qwen-32b-vllm": 1, "r1": 2}
+    given = found.pop("given")
+    assert (given["driver"], given["0"], len(given["1"])) == (None, [], 1)
     *seen, state = found.pop("killed")
     assert len(seen) == 5
     assert all("EngineStopped" in outcome and "stage of the pipeline is gone" in outcome for outcome in seen), seen
