@@ -252,3 +252,25 @@ def test_a_replica_killed_midstream_is_an_error_object_and_then_served_again(dep
     assert error["code"] == "replica_lost" and set(error) == {"message", "type", "param", "code"}
     again = deployed.openai().chat.completions.create(model="slow", messages=[{"role": "user", "content": "hi"}], max_tokens=3)
     assert again.choices[0].finish_reason in ("stop", "length") and deployed.load("slow")["pid"] != pid
+
+
+@pytest.mark.slow
+def test_load_is_zero_for_a_sleeping_model_and_lets_it_sleep(deployed: Deployed) -> None:
+    from ray import serve
+
+    from r1ray.serve.app import build
+
+    sleepy = {"min_replicas": 0, "upscale_delay_s": 0, "downscale_delay_s": 1}
+    model = {"id": "sleepy", "ref": "served-tiny@1", "engine": {"type": "fake"}, "collection": "", "autoscaling": sleepy}
+    serve.run(build(AppArgs.model_validate({"models": [model | {"placement": {"num_cpus": 0.2}}]})), name="sleepy", route_prefix="/sleepy")
+    beside = Deployed(f"{deployed.url}/sleepy", deployed.registry, deployed.second)
+    try:
+        assert wait_until(lambda: beside.load("sleepy")["num_slots"] == 0, 60)
+        for _ in range(8):
+            time.sleep(0.5)
+            assert (beside.load("sleepy")["num_slots"], beside.load("sleepy")["ref"]) == (0, "")
+        assert httpx.get(f"{beside.url}/health", timeout=30).status_code == 200
+        woken = beside.openai().chat.completions.create(model="sleepy", messages=[{"role": "user", "content": "hi"}], max_tokens=3)
+        assert woken.system_fingerprint == "served-tiny@1"
+    finally:
+        serve.delete("sleepy")
