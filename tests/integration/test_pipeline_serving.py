@@ -1,4 +1,4 @@
-"""A served model whose layers lie in two processes: when either dies, clients hear it at once and Serve rebuilds both as one unit."""
+"""A served model in two processes, by layers or inside them: when one dies, clients hear it at once and both are rebuilt as one unit."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ NUM_CLIENTS = 6  # on four slots: two wait
 AT_ONCE_S = 5.0  # generous, since the machine may be busy; the engine's own time limit for a silent stage is 300 s
 REBUILT_S = 90.0
 BODY = {"model": "split", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 100, "stream": True, "ignore_eos": True}
+
+ENGINE = {"dtype": "float32", "num_slots": 4, "num_threads": 1, "stages": 2, "stage_cpus": 0.5, "kv_cache_gb": 0.01}
+MODEL = {"id": "split", "ref": "split-tiny@production", "collection": "", "placement": {"num_cpus": 0.5}, "follow_interval_s": 0.5}
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,7 @@ def deployed(ray_cluster, tiny_llama: Path, tiny_qwen2: Path) -> Iterator[Deploy
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    engine = {"type": "torch", "num_slots": 4, "num_threads": 1, "stages": 2, "stage_cpus": 0.5, "kv_cache_gb": 0.01}
-    model = {"id": "split", "ref": "split-tiny@production", "engine": engine, "collection": "", "placement": {"num_cpus": 0.5}}
-    serve.run(build(AppArgs.model_validate({"models": [{**model, "follow_interval_s": 0.5}]})), name="r1ray", route_prefix="/")
+    serve.run(build(AppArgs.model_validate({"models": [{**MODEL, "engine": ENGINE}]})), name="r1ray", route_prefix="/")
     yield Deployed(f"http://127.0.0.1:{port}", registry, tiny_qwen2)
     serve.shutdown()
 
@@ -181,3 +182,18 @@ def test_a_promotion_loads_the_new_version_beside_the_old_one_in_the_same_bundle
     assert deployed.load["pid"] == replica
     assert wait_until(lambda: stage not in stage_pids() and len(stage_pids()) == 1, 30), "the old version's stage is gone"
     assert (num_groups(), free_cpus()) == before
+
+
+def test_a_replica_of_tensor_ranks_answers_as_the_stages_do(deployed: Deployed) -> None:
+    from ray import serve
+
+    from r1ray.serve.app import build
+
+    body, replica = {**BODY, "stream": False, "temperature": 0, "max_tokens": 12}, deployed.load["pid"]
+    by_stages = httpx.post(f"{deployed.url}/v1/chat/completions", json=body, timeout=REBUILT_S).json()
+    engine = {**ENGINE, "stages": 1, "tensor_parallel": 2}
+    serve.run(build(AppArgs.model_validate({"models": [{**MODEL, "engine": engine}]})), name="r1ray", route_prefix="/")
+    assert deployed.load["pid"] != replica and len(stage_pids()) == 1, "another replica, with one further rank"
+    by_ranks = httpx.post(f"{deployed.url}/v1/chat/completions", json=body, timeout=REBUILT_S).json()
+    assert by_ranks["choices"] == by_stages["choices"]
+    assert by_ranks["usage"]["completion_tokens"] == 12
