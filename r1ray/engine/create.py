@@ -94,9 +94,10 @@ def _onnx(artifact: Artifact, config: EngineConfig, shape: PretrainedConfig) -> 
     device = str(exported.get("device", "cpu")) if config.device == "auto" else config.device
     precision = str(exported.get("precision", "unknown"))
     held = torch.float32 if device == "cpu" else torch.float16
+    weight_bytes = sum(file.stat().st_size for file in artifact.path.glob("*.onnx*"))
     options = OnnxOptions(
         precision=precision,
-        num_blocks=num_kv_blocks(config, 2 * kv_bytes_per_token(shape, held), device),  # blocks and rows
+        num_blocks=num_kv_blocks(config, 2 * kv_bytes_per_token(shape, held), device, weight_bytes=weight_bytes),  # blocks and rows
         num_rows=config.num_slots,
         context=config.max_context,
         num_threads=config.num_threads,

@@ -101,6 +101,6 @@ def _blocks_in(rooms: Sequence[Room], wish: CacheWish) -> int:
     return num
 
 
-def num_kv_blocks(config: EngineConfig, bytes_per_token: int, device: str) -> int:
-    """For an engine of one process that allocates its cache itself."""
-    return blocks_for([room_on(device, bytes_per_token * BLOCK_SIZE)], CacheWish.of(config))
+def num_kv_blocks(config: EngineConfig, bytes_per_token: int, device: str, *, weight_bytes: int = 0) -> int:
+    """For an engine of one process that loads its weights, which will take so much of a GPU, together with its cache."""
+    return blocks_for([room_on(device, bytes_per_token * BLOCK_SIZE, weight_bytes)], CacheWish.of(config))

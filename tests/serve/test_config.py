@@ -77,6 +77,13 @@ def test_the_tensor_ranks_of_a_stage_share_a_bundle_so_that_they_lie_in_one_node
     assert _model_options(one_stage)["placement_group_bundles"] == [{"CPU": 7, "GPU": 4}]
 
 
+@pytest.mark.parametrize(("stage_gpus", "placement"), [(1, {}), (0, {"num_gpus": 1}), (1, {"bundles": [{"CPU": 1}, {"CPU": 1, "GPU": 1}]})])
+def test_a_split_model_has_gpus_in_every_process_or_in_none(stage_gpus: int, placement: dict[str, object]) -> None:
+    model = {"id": "a", "ref": "a@1", "engine": {"stages": 2, "stage_gpus": stage_gpus}, "placement": placement}
+    with pytest.raises(ValidationError, match="give each process of a split model one"):
+        ModelArgs.model_validate(model)
+
+
 def test_serve_makes_our_args_of_the_file() -> None:
     import inspect
 
