@@ -207,15 +207,19 @@ def test_a_submitted_job_prepares_a_file_and_another_trains_on_it_by_its_mix_pla
     rows = json.loads((SHARED / "alpaca_zh_demo.json").read_text(encoding="utf-8"))
     parts = {"domain": rows[:200], "history": rows[200:300]}
     for role, part in parts.items():
-        (tmp_path / f"{role}.json").write_text(json.dumps(part), encoding="utf-8")
+        numbered = [{**row, "id": str(number)} for number, row in enumerate(part)]  # both from 0
+        (tmp_path / f"{role}.json").write_text(json.dumps(numbered), encoding="utf-8")
     sources = ", ".join(f"{{path: {tmp_path / role}.json, role: {role}}}" for role in parts)
-    told = jobs.finish(jobs.submit("prepare_data", f"sources=[{sources}]", f"out={tmp_path / 'x.parquet'}", "clean.languages=null"))
+    made = ["clean.languages=null", "augment.operations=[{type: syntax, share: 0.5}, {type: traps, share: 0.2}]"]
+    told = jobs.finish(jobs.submit("prepare_data", f"sources=[{sources}]", f"out={tmp_path / 'x.parquet'}", *made))
     assert f"rows: {tmp_path / 'x.parquet'}" in told
-    train = {"num_workers": 2, "max_steps": 4, "batch_size": 8, "max_length": 512, "dtype": "bfloat16", "threads_per_worker": 1}
+    train = {"eval_share": 0.1, "eval_every_steps": 2, "early_stopping_patience": 2, "num_workers": 2, "max_steps": 4}
+    train |= {"batch_size": 8, "max_length": 512, "dtype": "bfloat16", "threads_per_worker": 1}
     shape = [f"train.{key}={value}" for key, value in train.items()]
     data = [f"data.path={tmp_path / 'x.parquet'}", "data.backend=ray", "data.max_bad_share=0.9"]
     told = jobs.finish(jobs.submit("finetune", "name=from-prepared", "base=tiny-corpus", *data, *shape))
-    assert "tokenising by Ray Data: done" in told and "drawn by the file's mix plan" in told
+    assert "tokenising by Ray Data: done" in told and "drawn by the file's mix plan" in told and " are held out" in told
+    assert "mix plan: in 4 steps " in told and "held_out" in told
     assert Registry(ray_cluster.settings).resolve("from-prepared").manifest.data_hash
 
 
