@@ -18,7 +18,6 @@ from concurrent.futures import Future
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 
 import torch
 
@@ -31,7 +30,7 @@ from r1ray.engine.config import EngineConfig
 from r1ray.engine.deadlines import Deadlines, deadline_of, over_time
 from r1ray.engine.loaded import LoadedAdapters
 from r1ray.engine.mailbox import Mailbox, chunks_of, deliver
-from r1ray.engine.passes import chunk_of, scored
+from r1ray.engine.passes import chunk_of, scored, waited
 from r1ray.engine.protocol import EngineState, EngineStats, GenerationRequest, TokenChunk
 from r1ray.engine.relief import Relief
 from r1ray.engine.sampler import Drawn, NoToken, new_rng, sample
@@ -82,7 +81,6 @@ class BatchingEngine:
         self._deadlines = Deadlines()
         self._searches: list[GenerationRequest] = []
         self._adapters = LoadedAdapters()
-        self._awaited: set[Future[None]] = set()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="r1ray-engine", daemon=True)
         self._post: Post = []
@@ -161,11 +159,8 @@ class BatchingEngine:
 
     def _promise(self) -> Future[None]:
         """Kept by the engine's thread, at its end if need be, also when nobody waits any more."""
-        done: Future[None] = Future()
-        done.set_running_or_notify_cancel()  # a waiter that is cancelled cannot cancel it
         self._check_running()
-        self._awaited.add(done)
-        return done
+        return self._adapters.promise()
 
     async def stop(self, drain_s: float = 0.0) -> None:
         with self._lock:
@@ -184,13 +179,13 @@ class BatchingEngine:
             self._state = "stopped"
 
     def stats(self) -> EngineStats:
-        num_running, num_open = self._scheduler.num_running, len(self._open)
+        num_running = self._scheduler.num_running
         return EngineStats(
             state=self._state,
             num_slots=self.config.num_slots,
             num_free_slots=self.config.num_slots - num_running,
             num_running=num_running,
-            num_waiting=max(0, num_open - num_running),
+            num_waiting=max(0, len(self._open) - num_running),
             max_waiting=self.config.max_waiting,
             num_prompt_tokens=self._counts["prompt"],
             num_cached_tokens=self._counts["cached"],
@@ -317,17 +312,10 @@ class BatchingEngine:
         self._flush()
 
     def _pace(self, drawing: Sequence[Stream]) -> None:
-        """What these have waited since their last token; who draws its first has waited for its prompt and begins to count."""
-        if self._cap.objective_s is None:
-            return
-        now, running = time.monotonic(), self._scheduler.running
-        num_decoding = sum(stream.drawn_at > 0 for stream in running)
-        waited = [now - stream.drawn_at for stream in drawing if stream.drawn_at]
-        for stream in drawing:
-            stream.drawn_at = now
-        if waited:
-            share, someone_waits = len(waited) / num_decoding, self._scheduler.num_waiting > 0
-            self._cap.step(fmean(waited), len(running), someone_waits=someone_waits, share=share)
+        running = self._scheduler.running
+        if self._cap.objective_s is not None and (found := waited(drawing, running, time.monotonic())):
+            seconds, share = found
+            self._cap.step(seconds, len(running), someone_waits=self._scheduler.num_waiting > 0, share=share)
             self._scheduler.limit = self._cap.value
 
     def _book(self, stream: Stream, drawn: Drawn | NoToken) -> None:
@@ -360,14 +348,14 @@ class BatchingEngine:
         try:
             self._backend.load_adapter(name, path)
         except Exception as error:  # handed to whoever awaits it; the streams run on
-            self._keep([done], error)
+            self._adapters.keep([done], error)
             return
         with self._lock:
             number, waits = self._adapters.came(name)
             for stream in self._open.values():
                 if stream.request.adapter == name:
                     stream.renumber(self._adapters.new_number() if stream.blocks else number)
-        self._keep([done] if waits is None else [done, waits])
+        self._adapters.keep([done] if waits is None else [done, waits])
 
     def _let_go(self) -> None:
         """Drop the unloaded adapters that nobody uses any more."""
@@ -377,13 +365,7 @@ class BatchingEngine:
         for name in unused:
             self._backend.unload_adapter(name)
             with self._lock:
-                waits = self._adapters.gone(name)
-            self._keep([waits])
-
-    def _keep(self, promises: Sequence[Future[None]], error: Exception | None = None) -> None:
-        self._awaited.difference_update(promises)
-        for done in promises:
-            done.set_result(None) if error is None else done.set_exception(error)
+                self._adapters.keep([self._adapters.gone(name)])
 
     def _close(self, stream: Stream, last: TokenChunk | Exception, counter: str) -> None:
         self._scheduler.remove(stream)
@@ -405,10 +387,10 @@ class BatchingEngine:
             if self._state != "failed":
                 self._state = "stopped"
             streams, self._open = list(self._open.values()), {}
-            awaited = list(self._awaited)
+            awaited = self._adapters.awaited
         self._post += [(s.mailbox, self._death()) for s in streams]
         self._flush()
-        self._keep(awaited, self._death())
+        self._adapters.keep(awaited, self._death())
         self._backend.close()
 
 

@@ -21,7 +21,26 @@ class LoadedAdapters:
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
         self._leaving: dict[str, Future[None]] = {}
+        self._awaited: set[Future[None]] = set()
         self._last = 0
+
+    @property
+    def awaited(self) -> list[Future[None]]:
+        """Promises that are not kept yet."""
+        return list(self._awaited)
+
+    def promise(self) -> Future[None]:
+        """For who waits until a load or an unload is done."""
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # a waiter that is cancelled cannot cancel it
+        self._awaited.add(done)
+        return done
+
+    def keep(self, promises: Collection[Future[None]], error: Exception | None = None) -> None:
+        """Tell them that it is done, or why it is not."""
+        self._awaited.difference_update(promises)
+        for done in promises:
+            done.set_result(None) if error is None else done.set_exception(error)
 
     @property
     def are_leaving(self) -> bool:

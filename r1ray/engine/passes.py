@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from r1ray.engine.protocol import FinishReason, TokenChunk
 from r1ray.engine.sampler import Drawn, prompt_logprobs
 from r1ray.engine.scheduler import Segment, Stream
 
-__all__ = ["chunk_of", "piece_of", "scored"]
+__all__ = ["chunk_of", "piece_of", "scored", "waited"]
 
 
 def piece_of(segment: Segment) -> Piece:
@@ -51,3 +52,15 @@ def chunk_of(stream: Stream, reason: FinishReason | None, drawn: Drawn | None = 
         logprobs=() if drawn is None or drawn.logprobs is None else (drawn.logprobs,),
         prompt_logprobs=tuple(stream.prompt_logprobs) if len(stream.generated) == 1 else (),
     )
+
+
+def waited(drawing: Sequence[Stream], running: Sequence[Stream], now: float) -> tuple[float, float] | None:
+    """(mean seconds that these have waited since their last token, their share of the running streams that decode).
+
+    Who draws its first token has waited for its prompt and begins to count now. None where nobody counts yet.
+    """
+    num_decoding = sum(stream.drawn_at > 0 for stream in running)
+    waits = [now - stream.drawn_at for stream in drawing if stream.drawn_at]
+    for stream in drawing:
+        stream.drawn_at = now
+    return (fmean(waits), len(waits) / num_decoding) if waits else None

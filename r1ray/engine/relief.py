@@ -1,7 +1,7 @@
 """Passes that do not fit into the memory are computed in smaller ones, instead of ending every stream.
 
 Halves the prompt tokens of a pass, then the streams that run together (the youngest give way and are computed again later); doubles
-both again when many passes in a row have fitted. Only a stream that does not fit alone fails. Takes planned steps; knows no text.
+both again when many passes in a row have fitted. Only a stream that does not fit alone, twice, fails. Takes planned steps; knows no text.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ class Relief:
         self._scheduler = scheduler
         self._full = scheduler.most_tokens, scheduler.most_streams
         self._num_fitted = 0
+        self._retried: set[str] = set()  # requests whose smallest pass did not fit once: what took the memory may be gone by now
 
     def submit(self, plan: Sequence[Segment]) -> object | None:
         """The submitted pass; None where it did not fit: then it was taken back, and the next plan is smaller.
 
         Raises:
-            GenerationFailed: it is of one stream, whose smallest pass does not fit; it was taken back.
+            GenerationFailed: it is of one stream, whose smallest pass did not fit twice; it was taken back.
         """
         try:
             submitted = self._backend.submit([piece_of(segment) for segment in plan])
@@ -70,6 +71,10 @@ class Relief:
         scheduler.take_back(plan, keep)
         if num_tokens <= LEAST_TOKENS and len(plan) == 1:
             request, length = plan[0].stream.request, plan[0].start + plan[0].num
+            if request.id not in self._retried:
+                self._retried.add(request.id)
+                return
+            self._retried.remove(request.id)
             raise GenerationFailed(
                 f"Request {request.id}: its {length} tokens do not fit into the memory, not even alone: {why} "
                 "Lower engine.kv_cache_gb or max_context, or split the model over more processes."
