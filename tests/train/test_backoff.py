@@ -17,7 +17,7 @@ from r1ray.train import runs
 from r1ray.train.backoff import halved, rows_per_pass
 from r1ray.train.batches import accumulation_steps
 from r1ray.train.config import TrainConfig
-from r1ray.train.controller import NotWithoutMemory
+from r1ray.train.controller import NotInVain
 from r1ray.train.failures import ran_out_of_memory, unwrap
 from r1ray.train.order import WorkOrder
 
@@ -80,6 +80,6 @@ def test_a_worker_that_rays_memory_monitor_ended_counts_as_out_of_memory(tmp_pat
 
 
 def test_workers_without_memory_are_not_started_again_as_they_were() -> None:
-    policy = NotWithoutMemory(FailureConfig(max_failures=3))
+    policy = NotInVain(FailureConfig(max_failures=3))
     assert policy.make_decision(WorkerGroupError("lost", {0: RuntimeError("Connection reset")})) is FailureDecision.RETRY
     assert policy.make_decision(WorkerGroupError("lost", {0: in_step()})) is FailureDecision.RAISE
