@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from r1ray.errors import DiskFull
+from r1ray.train.mapped import mapped
 
 __all__ = [
     "COUNTS",
@@ -167,7 +168,7 @@ def origins(directory: Path) -> npt.NDArray[np.uint64]:
 
 def columns(directory: Path) -> tuple[Column, Column]:
     """(input ids, masks) of the set in `directory`; costs no memory but for the pages of rows that are asked for."""
-    shards = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in sorted(directory.glob("*.arrow"))]
+    shards = [mapped(path) for path in sorted(directory.glob("*.arrow"))]
     table = pa.concat_tables(shards) if shards else TOKENS.empty_table()
     return Column(table["input_ids"]), Column(table["mask"])
 
