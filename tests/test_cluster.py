@@ -1,4 +1,4 @@
-"""Placement arithmetic, ports and environment; joining a real cluster is in tests/integration."""
+"""Placement arithmetic and ports; joining a real cluster is in tests/integration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from r1ray import cluster
 from r1ray.cluster import Cluster, Node, check_placement
-from r1ray.errors import ClusterTooSmall, InvalidValue, PortInUse
+from r1ray.errors import ClusterTooSmall, PortInUse
 
 
 def made_of(*resources, **labels):
@@ -164,56 +164,12 @@ def test_a_port_in_use_is_named_and_a_free_one_passes():
     cluster.check_port("127.0.0.1", port)
 
 
-@pytest.fixture
-def bare(monkeypatch):
-    for name in list(os.environ):
-        if name.startswith(("RAY_", "HF_", "R1RAY_", "TRANSFORMERS_", "MLFLOW_", "TOKENIZERS_", "DO_NOT_")):
-            monkeypatch.delenv(name)
-    saved = dict(os.environ)
-    yield monkeypatch
-    os.environ.clear()
-    os.environ.update(saved)
-
-
-def test_the_environment_is_set_once_and_the_users_own_values_stay(bare):
-    bare.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-    cluster.prepare_environment()
-    assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "1"
-    assert os.environ["RAY_AUTH_MODE"] == "disabled"
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
-    assert os.environ["RAY_worker_niceness"] == "0"  # noqa: SIM112 (Ray spells it so)
-
-
-def test_a_token_turns_authentication_on_and_the_hub_must_be_allowed(bare):
-    bare.setenv("RAY_AUTH_TOKEN_PATH", "/somewhere")
-    bare.setenv("R1RAY_ALLOW_HUB", "1")
-    found = cluster.ray_environment()
-    assert found["RAY_AUTH_MODE"] == "token"
-    assert "HF_HUB_OFFLINE" not in found
-
-
-def test_a_worker_gets_its_threads_device_and_home(bare):
-    bare.setenv("R1RAY_HOME", "/somewhere")
-    cluster.prepare_environment()
-    found = cluster.worker_environment(threads=2, use_gpu=False)
-    assert (found["OMP_NUM_THREADS"], found["DS_ACCELERATOR"], found["R1RAY_HOME"]) == ("2", "cpu", "/somewhere")
-    assert found["TOKENIZERS_PARALLELISM"] == "false"
-    assert cluster.worker_environment(threads=1, use_gpu=True)["DS_ACCELERATOR"] == "cuda"
-    with pytest.raises(InvalidValue, match="threads is 0"):
-        cluster.worker_environment(threads=0, use_gpu=False)
-
-
-def test_haproxy_is_opt_in_and_can_be_declined():
-    assert cluster.serve_environment(haproxy=False) == {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-    assert cluster.serve_environment()["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
-    assert not any(name.startswith("RAY_SERVE") for name in cluster.ray_environment())
-
-
-def test_an_address_where_nothing_listens_fails_within_seconds(bare):
+def test_an_address_where_nothing_listens_fails_within_seconds():
     """In a process of its own: this one may be connected to the session's cluster, and then stays there."""
     program = "from r1ray import cluster; from r1ray.settings import Settings; cluster.connect(Settings(ray_address='127.0.0.1:9'))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "R1RAY_"))}
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "ClusterUnreachable: No Ray cluster answers at 127.0.0.1:9" in done.stderr
     assert time.monotonic() - start < 30

@@ -58,9 +58,9 @@ def environment(
     """Shell exports that must be set before `ray start`: eval "$(r1ray environment)"."""
     import shlex
 
-    from r1ray import cluster
+    from r1ray.environment import ray_environment, serve_environment
 
-    variables = cluster.ray_environment() | (cluster.serve_environment() if fast_serve else {})
+    variables = ray_environment() | (serve_environment() if fast_serve else {})
     for name, value in sorted(variables.items()):
         print(f"export {name}={shlex.quote(value)}")
 

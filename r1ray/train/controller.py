@@ -31,7 +31,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 from ray.train.v2._internal.util import TrainingFramework
 from ray.train.v2.api.config import ScalingConfig
 
-from r1ray import cluster
+from r1ray.environment import worker_environment
 from r1ray.train import checkpoint
 from r1ray.train.failures import ran_out_of_memory, worker_causes, would_repeat
 
@@ -199,7 +199,7 @@ def num_threads(wanted: int | None, num_workers: int) -> int:
 
 def _share_cores(config: ProcessGroupConfig, num_workers: int, *, is_first: bool) -> None:
     threads = num_threads(config.threads, num_workers)
-    os.environ.update(cluster.worker_environment(threads=threads, use_gpu=config.backend == "nccl"))
+    os.environ.update(worker_environment(threads=threads, use_gpu=config.backend == "nccl"))
     if is_first and config.threads is None:
         _log.warning("%d threads per worker: its node's cores shared by %d workers", threads, num_workers)
 

@@ -22,6 +22,7 @@ from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from r1ray import cluster
+from r1ray.environment import worker_environment
 from r1ray.errors import OutOfMemory, R1RayError
 from r1ray.train import shared
 from r1ray.train.backoff import halved
@@ -105,7 +106,7 @@ def _trainer(order: WorkOrder, token: str, callbacks: Sequence[Any], outlived: b
 def _environment(order: WorkOrder) -> dict[str, str]:
     """Of every worker alike; how many threads share a node's cores is known on that node, when its workers join their group."""
     config = order.config
-    return {**cluster.worker_environment(threads=config.threads_per_worker or 1, use_gpu=config.use_gpu), "PYTHONWARNINGS": "ignore"}
+    return {**worker_environment(threads=config.threads_per_worker or 1, use_gpu=config.use_gpu), "PYTHONWARNINGS": "ignore"}
 
 
 def _kept(config: TrainConfig) -> CheckpointConfig:

@@ -78,7 +78,7 @@ class Attempt:
     def run(self) -> dict[str, Any]:
         import torch
 
-        from r1ray.cluster import disable_deepspeed_shm
+        from r1ray.environment import disable_deepspeed_shm
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         disable_deepspeed_shm()

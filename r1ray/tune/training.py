@@ -17,7 +17,7 @@ from typing import Any
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from r1ray import cluster
+from r1ray.environment import prepare_environment
 from r1ray.errors import TrainingError
 from r1ray.registry import Registry
 from r1ray.settings import Settings
@@ -40,7 +40,7 @@ DRIVER_CPUS = 0.01
 
 def train_trial(config: dict[str, Any], sweep: HyperparameterSweepConfig, runs: Path, num_concurrent: int, settings: Settings) -> None:
     """Ray Tune's entry. Reports `loss` and `step` while training, then `eval_loss` too."""
-    cluster.prepare_environment()
+    prepare_environment()
     chosen = sweep.trial(config["values"])
     directory = runs / str(tune.get_context().get_trial_id())
     order = _prepare(chosen, sweep, directory, num_concurrent, settings)

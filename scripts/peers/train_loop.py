@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from r1ray.cluster import disable_deepspeed_shm
+from r1ray.environment import disable_deepspeed_shm
 from r1ray.train.batches import accumulation_steps
 from r1ray.train.build import trained_model
 from r1ray.train.feed import Feed

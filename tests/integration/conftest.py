@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from r1ray import cluster
+from r1ray.environment import prepare_environment
 from r1ray.settings import Settings
 
 
@@ -29,7 +29,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
     saved = dict(os.environ)
     os.environ.update(R1RAY_HOME=str(home), RAY_AUTH_MODE="disabled", RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S="2")
     os.environ.pop("RAY_ADDRESS", None)
-    cluster.prepare_environment()
+    prepare_environment()
     import ray
 
     context = ray.init(

@@ -19,13 +19,13 @@ from typing import Any
 
 import psutil
 
-from r1ray import cluster
+from r1ray.environment import prepare_environment
 
 # Ray reads these as they are spelt: a dead node is noticed within seconds
 os.environ["RAY_health_check_failure_threshold"] = "2"  # noqa: SIM112
 os.environ["RAY_health_check_period_ms"] = "1000"  # noqa: SIM112
 os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "1"
-cluster.prepare_environment()
+prepare_environment()
 
 from ray.cluster_utils import Cluster  # noqa: E402
 

@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from r1ray import cluster
+from r1ray.environment import prepare_environment
 
-cluster.prepare_environment()
+prepare_environment()
 
 import ray  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402

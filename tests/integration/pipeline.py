@@ -16,9 +16,9 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from r1ray import cluster
+from r1ray.environment import prepare_environment
 
-cluster.prepare_environment()
+prepare_environment()
 
 from ray.cluster_utils import Cluster  # noqa: E402
 

@@ -26,7 +26,7 @@ NUM_STEPS = 6
 def main(home: Path, rank: int, world: int, port: str, items: list[str]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "R1RAY_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    from r1ray.cluster import disable_deepspeed_shm, worker_environment
+    from r1ray.environment import disable_deepspeed_shm, worker_environment
 
     os.environ |= worker_environment(threads=1, use_gpu=False)
     torch.set_num_threads(1)

@@ -1,0 +1,55 @@
+"""What a driver and its workers find in their environment, and that the user's own values stay."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from r1ray.environment import prepare_environment, ray_environment, serve_environment, worker_environment
+from r1ray.errors import InvalidValue
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("RAY_", "HF_", "R1RAY_", "TRANSFORMERS_", "MLFLOW_", "TOKENIZERS_", "DO_NOT_")):
+            monkeypatch.delenv(name)
+    saved = dict(os.environ)
+    yield monkeypatch
+    os.environ.clear()
+    os.environ.update(saved)
+
+
+def test_the_environment_is_set_once_and_the_users_own_values_stay(bare):
+    bare.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    prepare_environment()
+    assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "1"
+    assert os.environ["RAY_AUTH_MODE"] == "disabled"
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert os.environ["RAY_worker_niceness"] == "0"  # noqa: SIM112 (Ray spells it so)
+
+
+def test_a_token_turns_authentication_on_and_the_hub_must_be_allowed(bare):
+    bare.setenv("RAY_AUTH_TOKEN_PATH", "/somewhere")
+    bare.setenv("R1RAY_ALLOW_HUB", "1")
+    found = ray_environment()
+    assert found["RAY_AUTH_MODE"] == "token"
+    assert "HF_HUB_OFFLINE" not in found
+
+
+def test_a_worker_gets_its_threads_device_and_home(bare):
+    bare.setenv("R1RAY_HOME", "/somewhere")
+    prepare_environment()
+    found = worker_environment(threads=2, use_gpu=False)
+    assert (found["OMP_NUM_THREADS"], found["DS_ACCELERATOR"], found["R1RAY_HOME"]) == ("2", "cpu", "/somewhere")
+    assert found["TOKENIZERS_PARALLELISM"] == "false"
+    assert worker_environment(threads=1, use_gpu=True)["DS_ACCELERATOR"] == "cuda"
+    with pytest.raises(InvalidValue, match="threads is 0"):
+        worker_environment(threads=0, use_gpu=False)
+
+
+def test_haproxy_is_opt_in_and_can_be_declined():
+    assert serve_environment(haproxy=False) == {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+    assert serve_environment()["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    assert not any(name.startswith("RAY_SERVE") for name in ray_environment())
