@@ -283,7 +283,7 @@ def test_an_alias_moved_in_mlflows_own_ui_still_rolls_back(shared):
     for _ in range(2):
         add(shared, "moved")
     shared.promote("moved@1")
-    shared._client.set_registered_model_alias("moved", "production", "2")
+    mlflow_client.client(shared.settings.registry_uri).set_registered_model_alias("moved", "production", "2")
     assert shared.rollback("moved").version == 1
 
 

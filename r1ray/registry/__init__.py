@@ -1,6 +1,6 @@
 """Models, versions and their lineage.
 
-Reading order: directory (what an artifact is on disk), versions (numbers, aliases and lineage over MLflow).
+Reading order: directory (what an artifact is on disk), rows (what MLflow keeps of it), versions (what is done with both).
 """
 
 from r1ray.registry.directory import MANIFEST, POLICY, weights_sha256

@@ -31,6 +31,7 @@ __all__ = [
     "abandoned",
     "announced",
     "directory_lock",
+    "manifest_sha256",
     "open_artifact",
     "seal",
     "staging",
@@ -66,6 +67,11 @@ def weights_sha256(directory: Path) -> str:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def manifest_sha256(directory: Path) -> str:
+    """Hash of `manifest.json` as it lies there: tells an altered one from the registered one."""
+    return hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()
 
 
 @contextmanager
