@@ -42,6 +42,7 @@ def test_a_worker_gets_its_threads_device_and_home(bare):
     bare.setenv("R1RAY_HOME", "/somewhere")
     prepare_environment()
     found = worker_environment(threads=2, use_gpu=False)
+    assert found["MALLOC_ARENA_MAX"] == "1", "a training thread's own arena costs a tenth of a step"
     assert (found["OMP_NUM_THREADS"], found["DS_ACCELERATOR"], found["R1RAY_HOME"]) == ("2", "cpu", "/somewhere")
     assert found["TOKENIZERS_PARALLELISM"] == "false"
     assert worker_environment(threads=1, use_gpu=True)["DS_ACCELERATOR"] == "cuda"
