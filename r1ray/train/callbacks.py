@@ -52,6 +52,8 @@ class Pace(TrainerCallback):
     is_converted: bool = False
     """Whether the training goes on from a checkpoint of another number of workers."""
     standing: Standing = field(default_factory=Standing)
+    saved: list[str] = field(default_factory=list)
+    """Names of the checkpoints that every rank has read again and published."""
     trainer: Paced | None = None
     curve: Curve | None = None
     _began: float = 0.0
@@ -127,6 +129,7 @@ class Pace(TrainerCallback):
         destination = self.run_directory / checkpoint.directory_name(meta.step, meta.elapsed_s)
         metrics = {**self._metrics(), KEPT: self.standing.kept_score(meta.step)}
         self.reporter.save(metrics, source, destination, lambda staged: checkpoint.publish(staged, destination, meta, self.rank))
+        self.saved.append(destination.name)
         if self.rank == 0:
             universal.forget(self.run_directory)
         self._step_began = time.monotonic()  # the time of a save is not the next step's

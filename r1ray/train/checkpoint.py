@@ -17,7 +17,7 @@ import json
 import logging
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -41,6 +41,8 @@ __all__ = [
 
 _PREFIX = "checkpoint_"
 _SAVING = ".saving"
+_NUM_SPARE = 2
+"""Newest finished checkpoints that stay whoever has heard of them: one to resume from, one to fall back to."""
 _RAYS_LIST = "checkpoint_manager_snapshot.json"
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _log = logging.getLogger(__name__)
@@ -90,8 +92,10 @@ def publish(source: Path, destination: Path, meta: Meta, rank: int) -> None:
         raise
 
 
-def read(directory: Path, *, part: int = 0, of: int = 1) -> Meta:
+def read(directory: Path, *, part: int = 0, of: int = 1, whole: bool = True) -> Meta:
     """Check all lists of a checkpoint and every file on them; of several readers each takes one part of the files, equal in bytes.
+
+    Unless `whole`, only that the files are there and as long as they were.
 
     Raises:
         Unfinished: a list is missing.
@@ -103,7 +107,7 @@ def read(directory: Path, *, part: int = 0, of: int = 1) -> Meta:
         try:
             if path.stat().st_size != size:
                 raise CheckpointCorrupt(f"{path} has {path.stat().st_size} bytes instead of {size}.")
-            if _crc32(path) != crc32:
+            if whole and _crc32(path) != crc32:
                 raise CheckpointCorrupt(f"{path} was altered after it was written.")
         except FileNotFoundError as error:
             raise CheckpointCorrupt(f"{directory} lacks {name}.") from error
@@ -152,17 +156,22 @@ def last_good(
     return None
 
 
-def best_good(run_directory: Path) -> tuple[Path, Meta] | None:
-    """The checkpoint with the lowest loss on what was held out, of those that can be read; the newest where nothing was measured."""
-    last = last_good(run_directory)
-    if last is None or last[1].standing.best_loss is None:
-        return last
-    for directory in found(run_directory):
-        if directory.name.startswith(f"{_PREFIX}{last[1].standing.best_step:08d}_"):
+def best_good(run_directory: Path, *, checked: Collection[str] = ()) -> tuple[Path, Meta] | None:
+    """The checkpoint with the lowest loss on what was held out, of those that can be read; the newest where nothing was measured.
+
+    `checked` names checkpoints that their ranks have just read: nobody need read them again, and the sizes of their files say enough.
+    """
+
+    def check(directory: Path) -> Meta:
+        return read(directory, whole=directory.name not in checked)
+
+    standing = _standing(run_directory)
+    if standing.best_loss is not None:
+        for directory in _of_step(found(run_directory), standing.best_step):
             with contextlib.suppress(CheckpointCorrupt):
-                return directory, read(directory)
-    _log.warning("the checkpoint of step %d, the best one, cannot be read: taking step %d", last[1].standing.best_step, last[1].step)
-    return last
+                return directory, check(directory)
+        _log.warning("the checkpoint of step %d, the best one, cannot be read: taking the newest", standing.best_step)
+    return last_good(run_directory, check=check)
 
 
 def staging(run_directory: Path, rank: int) -> Path:
@@ -171,27 +180,48 @@ def staging(run_directory: Path, rank: int) -> Path:
 
 
 def sweep(run_directory: Path) -> list[Path]:
-    """Remove what attempts that were killed left half-saved; gives the checkpoints that are finished, newest first.
+    """Remove what attempts that were killed left behind; gives the checkpoints that are finished, newest first.
 
-    Only for whoever holds the run, before its ranks begin. A checkpoint that Ray Train has heard of was finished once, whatever has
-    become of it since, and Ray Train would not start again without it: it stays.
+    Only for whoever holds the run, while no rank trains it. A checkpoint that Ray Train has heard of was finished once, whatever has
+    become of it since, and Ray Train would not start again without it: it stays, and goes when Ray Train lets it go. Of the others, whose
+    workers died before they could tell, the best one and those among the newest are as good as any and stay as long as they are that.
     """
     shutil.rmtree(run_directory / _SAVING, ignore_errors=True)
     rays = run_directory / _RAYS_LIST
     heard_of = rays.read_text(encoding="utf-8") if rays.exists() else ""
-    kept = []
-    for directory in found(run_directory):
-        try:
-            _lists(directory)
-        except Unfinished as error:
-            if directory.name not in heard_of:
-                _log.warning("%s It is removed.", error)
-                shutil.rmtree(directory, ignore_errors=True)
-                continue
-        except CheckpointCorrupt:
-            pass  # whoever reads it says so
-        kept.append(directory)
+    problems = {directory: _cut_off(directory) for directory in found(run_directory)}
+    finished = [directory for directory, problem in problems.items() if problem is None]
+    spared = [*finished[:_NUM_SPARE], *_of_step(finished, _standing(run_directory).best_step)[:1]]
+    kept = [directory for directory in problems if directory.name in heard_of or directory in spared]
+    for directory, problem in problems.items():
+        if directory not in kept:
+            why = problem or f"Ray Train does not know {directory}, and newer checkpoints have taken its place."
+            _log.warning("%s It is removed.", why)
+            shutil.rmtree(directory, ignore_errors=True)
     return kept
+
+
+def _standing(run_directory: Path) -> Standing:
+    """As the newest finished checkpoint has it."""
+    for directory in found(run_directory):
+        with contextlib.suppress(CheckpointCorrupt):
+            return _lists(directory)[0].standing
+    return Standing()
+
+
+def _cut_off(directory: Path) -> Unfinished | None:
+    """Whose list is missing. A list that cannot be read was written once; whoever reads it says so."""
+    try:
+        _lists(directory)
+    except Unfinished as error:
+        return error
+    except CheckpointCorrupt:
+        pass
+    return None
+
+
+def _of_step(directories: Sequence[Path], step: int) -> list[Path]:
+    return [directory for directory in directories if directory.name.startswith(f"{_PREFIX}{step:08d}_")]
 
 
 def disk_full(path: Path, cause: object) -> DiskFull:

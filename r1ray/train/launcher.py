@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from r1ray import cluster
@@ -109,7 +110,7 @@ def _train(config: FinetuneConfig, order: WorkOrder, data_hash: str, registry: R
         metrics = _metrics(order, time.monotonic() - started)
         metrics |= {"peak_memory_mb": float(summary["peak_memory_mb"])} if "peak_memory_mb" in summary else {}
         metrics |= objective_of(config.train.objective).closing(order.run_directory, _say)
-        best, standing = _best_checkpoint(order)
+        best, standing = _best_checkpoint(order, summary.get("checked", ()))
         if standing.best_loss is not None:
             metrics |= {MARK: standing.best_loss, "best_step": float(standing.best_step)}
             _say(f"step {standing.best_step} is registered, the best of those measured: {MARK} {standing.best_loss:.4f}")
@@ -129,8 +130,10 @@ def _train(config: FinetuneConfig, order: WorkOrder, data_hash: str, registry: R
     return artifact
 
 
-def _best_checkpoint(order: WorkOrder) -> tuple[Path, Standing]:
-    best = checkpoint.best_good(order.run_directory)
+def _best_checkpoint(order: WorkOrder, checked: Sequence[str]) -> tuple[Path, Standing]:
+    """`checked`: names of those that the workers have read, which is not done twice."""
+    checkpoint.sweep(order.run_directory)
+    best = checkpoint.best_good(order.run_directory, checked=checked)
     if best is None:
         raise TrainingError(f"Training of {order.run} ended without a checkpoint in {order.run_directory}. This is a defect.")
     return best[0], best[1].standing

@@ -1,19 +1,20 @@
-"""Whether the GPUs of a training multiply its number type: looked at where they are seen, agreed over all ranks.
+"""Whether the GPUs of a training multiply its number type: looked at where they are seen, told to all ranks.
 
 The driver chooses bfloat16 for GPUs without having one. Those before compute capability 8.0 (V100, T4, RTX 20) have none. Starts nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from r1ray.errors import InvalidValue
 from r1ray.train.order import WorkOrder
+from r1ray.train.peers import Peers
 
 __all__ = ["check_dtype"]
 
 
-def check_dtype(order: WorkOrder, look: Callable[[], str | None] | None = None) -> None:
+def check_dtype(order: WorkOrder, peers: Peers, look: Callable[[], str | None] | None = None) -> None:
     """On every rank, before anything is loaded; all ranks raise the same.
 
     Args:
@@ -24,7 +25,7 @@ def check_dtype(order: WorkOrder, look: Callable[[], str | None] | None = None) 
     """
     if not order.config.use_gpu or order.dtype != "bfloat16":
         return
-    lacking = _agreed((look or _without_bfloat16)())
+    lacking = peers.gathered((look or _without_bfloat16)())
     rank, name = next(((rank, name) for rank, name in enumerate(lacking) if name is not None), (0, None))
     if name is not None:
         chosen = "auto, which is bfloat16 on GPUs" if order.config.dtype == "auto" else order.config.dtype
@@ -40,14 +41,3 @@ def _without_bfloat16() -> str | None:
         return None
     major, minor = torch.cuda.get_device_capability()
     return f"the {torch.cuda.get_device_name()} (compute capability {major}.{minor})"
-
-
-def _agreed(mine: str | None) -> Sequence[str | None]:
-    """By rank."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return [mine]
-    told: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, mine)
-    return told

@@ -1,7 +1,8 @@
 """A teacher's answers to the questions of a data set, written once through the engine and kept as Parquet with their provenance.
 
 Runs in the driver. Each answer is kept as soon as it is there, so a job that is submitted again asks only what is missing.
-The last answer of each dialogue is replaced by the teacher's; its reasoning comes with it.
+The last answer of each dialogue is replaced by the teacher's; its reasoning comes with it. They are kept by text and place, not by id: the
+same questions under other ids need no second answers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from r1ray.data.read import Loaded
+from r1ray.data.schema import data_hash
 from r1ray.engine.config import EngineConfig
 from r1ray.engine.create import create_engine
 from r1ray.engine.offline import Completion, generate_all
@@ -36,12 +38,13 @@ from r1ray.types import Artifact, Conversation, Message, Sampling
 
 __all__ = ["taught_by"]
 
-_FORMAT = 1  # of the cache; raise it when the meaning of a column changes
+_FORMAT = 2  # of the cache; raise it when the meaning of a column changes
 _NUM_SLOTS = 32
-_SCHEMA = pa.schema([("id", pa.string()), ("answer", pa.string()), ("reasoning", pa.string()), ("finish_reason", pa.string())])
+_SCHEMA = pa.schema([("number", pa.int64()), ("answer", pa.string()), ("reasoning", pa.string()), ("finish_reason", pa.string())])
 _log = logging.getLogger(__name__)
 
-Row = dict[str, str | None]
+Row = dict[str, str | int | None]
+"""`number` counts the dialogues that ask something."""
 
 
 def taught_by(teacher: Artifact, loaded: Loaded, config: FinetuneConfig, settings: Settings) -> Loaded:
@@ -56,8 +59,8 @@ def taught_by(teacher: Artifact, loaded: Loaded, config: FinetuneConfig, setting
         _log.info("answers of %s from the cache: %s", teacher.ref, path)
     else:
         _write(asked, teacher, config, settings, path)
-    answers = {row["id"]: row for row in pq.read_table(path).to_pylist() if row["finish_reason"] == "stop" and row["answer"].strip()}
-    taught = tuple(_answered(one, answers[one.id]) for one in asked if one.id in answers)
+    rows = zip(asked, pq.read_table(path).to_pylist(), strict=True)
+    taught = tuple(_answered(one, row) for one, row in rows if row["finish_reason"] == "stop" and row["answer"].strip())
     if not taught:
         raise NothingToTrain(
             f"{teacher.ref} finished none of {len(asked)} answers within train.distill.max_new_tokens="
@@ -65,7 +68,7 @@ def taught_by(teacher: Artifact, loaded: Loaded, config: FinetuneConfig, setting
         )
     if len(taught) < len(loaded.conversations):
         _log.warning("%d of %d questions have no finished answer of %s", len(loaded.conversations) - len(taught), len(asked), teacher.ref)
-    return replace(loaded, conversations=taught)
+    return replace(loaded, conversations=taught, data_hash=data_hash(taught))  # the tokens are of these very texts
 
 
 def _write(asked: list[Conversation], teacher: Artifact, config: FinetuneConfig, settings: Settings, path: Path) -> None:
@@ -83,7 +86,7 @@ def _write(asked: list[Conversation], teacher: Artifact, config: FinetuneConfig,
         "data": str(config.data.path),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    rows = [done[conversation.id] for conversation in asked]
+    rows = [done[number] for number in range(len(asked))]
     table = pa.Table.from_pylist(rows, _SCHEMA.with_metadata({"r1ray": json.dumps(provenance, ensure_ascii=False)}))
     hidden = path.with_name(f".{path.name}.{os.getpid()}")
     pq.write_table(table, hidden, compression="zstd")
@@ -91,19 +94,19 @@ def _write(asked: list[Conversation], teacher: Artifact, config: FinetuneConfig,
     unfinished.unlink()
 
 
-def _kept(unfinished: Path) -> dict[str, Row]:
-    """Id -> row, of the whole lines that an ended job has left; a line that it was killed in is cut off."""
+def _kept(unfinished: Path) -> dict[int, Row]:
+    """Number -> row, of the whole lines that an ended job has left; a line that it was killed in is cut off."""
     if not unfinished.exists():
         return {}
     written = unfinished.read_bytes()
     whole = written[: written.rfind(b"\n") + 1]
     os.truncate(unfinished, len(whole))
     rows = [json.loads(line) for line in whole.splitlines()]
-    return {row["id"]: row for row in rows}
+    return {row["number"]: row for row in rows}
 
 
 def _answer(
-    asked: list[Conversation], done: dict[str, Row], teacher: Artifact, config: FinetuneConfig, settings: Settings, file: TextIO
+    asked: list[Conversation], done: dict[int, Row], teacher: Artifact, config: FinetuneConfig, settings: Settings, file: TextIO
 ) -> None:
     """Put what is missing into `done` and into the file, answer by answer."""
     engine = create_engine(teacher, EngineConfig(num_slots=_NUM_SLOTS), Registry(settings))
@@ -117,14 +120,14 @@ def _answer(
             sampling=sampling.model_copy(update={"seed": config.train.seed + number}),
         )
         for number, conversation in enumerate(asked)
-        if conversation.id not in done
+        if number not in done
     ]
 
     def on_done(one: Completion) -> None:
         reasoning, answer = split(tokenizer.decode(one.token_ids, skip_special_tokens=True), thinks)
-        id_ = asked[int(one.request_id)].id
-        done[id_] = {"id": id_, "answer": answer, "reasoning": reasoning, "finish_reason": one.finish_reason}
-        file.write(json.dumps(done[id_], ensure_ascii=False) + "\n")
+        number = int(one.request_id)
+        done[number] = {"number": number, "answer": answer, "reasoning": reasoning, "finish_reason": one.finish_reason}
+        file.write(json.dumps(done[number], ensure_ascii=False) + "\n")
         file.flush()
         if len(done) % 100 == 0:
             _log.info("%d of %d questions answered", len(done), len(asked))
@@ -147,6 +150,6 @@ def _answered(conversation: Conversation, row: dict[str, str]) -> Conversation:
 
 
 def _key(teacher: Artifact, loaded: Loaded, config: FinetuneConfig) -> str:
-    asked = [_FORMAT, loaded.data_hash, config.data.system_prompt, _sampling(config).model_dump(mode="json")]
+    asked = [_FORMAT, data_hash(loaded.conversations), config.data.system_prompt, _sampling(config).model_dump(mode="json")]
     parts = [*asked, teacher.manifest.weights_sha256, teacher.manifest.template.sha256]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]

@@ -23,6 +23,7 @@ from r1ray.train.objective.base import Bench
 from r1ray.train.order import WorkOrder
 from r1ray.train.parallel.layout import layout_of
 from r1ray.train.peers import Peers
+from r1ray.train.precision import check_dtype
 from r1ray.train.reporter import RayReporter, Reporter
 from r1ray.train.resume import agreed_start
 from r1ray.train.schedule import Schedule
@@ -74,6 +75,8 @@ class Attempt:
         self.peers = peers or Peers.of_group(rank, world)
         self.layout = layout_of(self.config, world)
         self.accumulation = accumulation_steps(self.config.rows_per_batch, self.layout.data, self.config.micro_batch_size)
+        self._checked: list[str] = []
+        """Names of checkpoints of which the ranks have read every byte in this attempt."""
 
     def run(self) -> dict[str, Any]:
         import torch
@@ -82,9 +85,11 @@ class Attempt:
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         disable_deepspeed_shm()
+        check_dtype(self.order, self.peers)
         start = agreed_start(self.order, self.layout, self.peers)
+        self._checked += [start[0].name] if start else []
         if start is not None and start[1].standing.is_over(self.config.early_stopping_patience):
-            return {"step": start[1].step, "elapsed_s": start[1].elapsed_s}
+            return {"step": start[1].step, "elapsed_s": start[1].elapsed_s, "checked": self._checked}
         trainer = self._trainer(start[1] if start else None)
         if start is not None and start[1].world_size != self.world:
             self._reseed(start[1].step)
@@ -98,7 +103,8 @@ class Attempt:
             raise
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
-        return {"step": trainer.state.global_step, "elapsed_s": trainer.schedule.elapsed_s, "peak_memory_mb": _peak_mb()}
+        told = {"step": trainer.state.global_step, "elapsed_s": trainer.schedule.elapsed_s, "peak_memory_mb": _peak_mb()}
+        return {**told, "checked": self._checked}
 
     def _out_of_memory(self, error: BaseException, trainer: Paced) -> OutOfMemory:
         """`in_step`: it came with a batch, so fewer rows at a time may fit."""
@@ -139,6 +145,7 @@ class Attempt:
             elapsed_before_s=elapsed,
             is_converted=is_converted,
             standing=resumed.standing if resumed else Standing(),
+            saved=self._checked,
         )
         bench = Bench(
             order=order,

@@ -9,11 +9,13 @@ import pytest
 from r1ray.errors import CheckpointCorrupt
 from r1ray.train import checkpoint
 from r1ray.train.checkpoint import Meta
+from r1ray.train.standing import Standing
 
 
-def save(run: Path, step: int, world: int = 2) -> Path:
+def save(run: Path, step: int, world: int = 2, *, best_step: int = 0) -> Path:
     """A checkpoint as two ranks write it, DeepSpeed's shards replaced by small files."""
-    meta = Meta(run="r", step=step, world_size=world, zero_stage=2, elapsed_s=step / 10)
+    standing = Standing(loss=1.0, best_loss=0.5, best_step=best_step) if best_step else Standing()
+    meta = Meta(run="r", step=step, world_size=world, zero_stage=2, elapsed_s=step / 10, standing=standing)
     destination = run / checkpoint.directory_name(step, meta.elapsed_s)
     for rank in range(world):
         staged = run / ".saving" / str(rank)
@@ -126,3 +128,64 @@ def test_sweeping_removes_what_was_never_finished_and_nothing_else(tmp_path, cap
     assert checkpoint.found(tmp_path) == [known, altered, whole], "Ray Train would not start without what it has listed"
     assert not checkpoint.staging(tmp_path, 5).exists() and (tmp_path / "run.json").exists()
     assert cut.name in caplog.text and listless.name in caplog.text
+
+
+def heard_of(run: Path, *known: Path) -> None:
+    """As Ray Train keeps its list."""
+    names = ", ".join(f'{{"checkpoint_dir_name": "{directory.name}"}}' for directory in known)
+    (run / "checkpoint_manager_snapshot.json").write_text(f'{{"checkpoint_results": [{names}]}}')
+
+
+def test_a_checkpoint_whose_workers_died_before_they_told_ray_is_resumed_from(tmp_path) -> None:
+    known, untold = save(tmp_path, 10), save(tmp_path, 20)
+    heard_of(tmp_path, known)
+    assert checkpoint.sweep(tmp_path) == [untold, known]
+    found = checkpoint.last_good(tmp_path)
+    assert found is not None and found[0] == untold
+
+
+def test_however_often_workers_die_before_they_tell_ray_the_disk_does_not_fill(tmp_path, caplog) -> None:
+    known = save(tmp_path, 10)
+    heard_of(tmp_path, known)
+    for attempt in range(2, 9):
+        newest = save(tmp_path, 10 * attempt)
+        kept = checkpoint.sweep(tmp_path)
+        assert kept[0] == newest and kept[-1] == known
+        assert len(checkpoint.found(tmp_path)) == len(kept) <= 3
+    assert "newer checkpoints have taken its place" in caplog.text
+
+
+def test_the_best_checkpoint_stays_though_ray_does_not_know_it_until_there_is_a_better_one(tmp_path) -> None:
+    best = save(tmp_path, 10, best_step=10)
+    for step in (20, 30, 40):
+        save(tmp_path, step, best_step=10)
+        assert best in checkpoint.sweep(tmp_path)
+    for step in (50, 60, 70):
+        save(tmp_path, step, best_step=50)
+        assert best not in checkpoint.sweep(tmp_path)
+    assert checkpoint.best_good(tmp_path) == (kept := checkpoint.found(tmp_path)[-1], checkpoint.read(kept))
+    assert checkpoint.read(kept).step == 50
+
+
+def test_what_the_ranks_have_just_read_is_not_read_again(tmp_path) -> None:
+    before, last = save(tmp_path, 10), save(tmp_path, 20)
+    shard = last / "global_step" / "shard1.pt"
+    shard.write_bytes(b"\7" * 1000)
+    seen = checkpoint.best_good(tmp_path, checked=[last.name])
+    assert seen is not None and seen[0] == last, "only its files' sizes are looked at"
+    read = checkpoint.best_good(tmp_path)
+    assert read is not None and read[0] == before
+    shard.write_bytes(b"\7" * 999)
+    short = checkpoint.best_good(tmp_path, checked=[last.name])
+    assert short is not None and short[0] == before, "a file that was cut off since is seen"
+
+
+def test_the_best_checkpoint_alone_is_read_and_the_newest_takes_its_place_when_it_is_damaged(tmp_path, caplog) -> None:
+    best, newest = save(tmp_path, 10, best_step=10), save(tmp_path, 20, best_step=10)
+    (newest / "global_step" / "shard0.pt").write_bytes(b"\7" * 1000)
+    found = checkpoint.best_good(tmp_path)
+    assert found is not None and found[0] == best, "what the newest one weighs is nobody's business"
+    (newest / "global_step" / "shard0.pt").write_bytes(b"\0" * 1000)
+    (best / "global_step" / "shard0.pt").write_bytes(b"\7" * 1000)
+    found = checkpoint.best_good(tmp_path)
+    assert found is not None and found[0] == newest and "the best one, cannot be read" in caplog.text

@@ -156,13 +156,21 @@ def test_a_teachers_texts_are_written_once_with_their_provenance(config, registr
     objective.prepare(objective.read(made), base, made, settings)
     assert path.stat().st_mtime_ns == before
     rows = written.to_pylist()
-    rows[1]["answer"] = "kept, not asked again"
+    rows[1] |= {"answer": "kept, not asked again", "finish_reason": "stop"}
     left = path.with_suffix(".jsonl")  # of a job that was killed in its third answer
     left.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]) + json.dumps(rows[2])[:9])
     path.unlink()
-    objective.prepare(objective.read(made), base, made, settings)
+    other = objective.prepare(objective.read(made), base, made, settings)
     assert pq.read_table(path).to_pylist() == rows, "the same answers, whoever else is asked"
+    assert other.path != tokens.path, "other answers are other tokens"
     assert not left.exists()
+    data = settings.home / "rows.jsonl"
+    named = [{**json.loads(line), "id": f"row {number}"} for number, line in enumerate(data.read_text().splitlines())]
+    data.write_text("".join(json.dumps(row) + "\n" for row in named))
+    written_at = path.stat().st_mtime_ns
+    renamed = objective.prepare(objective.read(made), base, made, settings)
+    assert renamed.num_rows == other.num_rows
+    assert path.stat().st_mtime_ns == written_at, "the same questions under other names are not asked again"
 
 
 def test_another_teacher_is_another_run(config, registry, tiny_qwen2) -> None:

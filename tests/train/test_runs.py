@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from r1ray.model.importer import import_model
 from r1ray.train import runs
 from r1ray.train.config import FinetuneConfig
 from r1ray.train.failures import unwrap
+from r1ray.train.objective import objective_of
 from r1ray.train.runs import RunState
 
 
@@ -38,6 +40,35 @@ def test_what_changes_the_result_changes_the_run(base) -> None:
         for change in ((), ("train.seed=1",), ("train.batch_size=9",), ("data.system_prompt=x",))
     ]
     assert len({*names, runs.run_name(config(), base, "other rows")}) == 5
+
+
+PAIR = {"prompt": "How?", "chosen": "So.", "rejected": "No."}
+TURNS = {"messages": [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}]}
+
+
+@pytest.mark.parametrize(
+    ("objective", "row", "held_out"),
+    [
+        ("sft", TURNS, "eval_share"),
+        ("dpo", PAIR, "dpo.eval_share"),
+        ("reward", PAIR, "reward.eval_share"),
+        ("grpo", TURNS, "grpo.num_held_out"),
+    ],
+)
+def test_the_same_rows_with_other_ids_are_another_run_where_ids_decide_what_is_held_out(objective, row, held_out, tmp_path) -> None:
+    """A row called x#masked was made from x, and is on its side."""
+
+    def data_hash(names: tuple[str, ...], share: float) -> str:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        path.write_text("".join(json.dumps({"id": name, **row}) + "\n" for name in names))
+        settings = (f"objective={objective}", "grpo.rewards=[{axis: right, kind: exact}]", f"{held_out}={share}")
+        return objective_of(objective).read(config(f"data.path={path}", *(f"train.{setting}" for setting in settings))).data_hash
+
+    made, apart, renamed = ("a", "a#masked", "b"), ("a", "c", "b"), ("a", "a#traps.conflict", "b")
+    share = 1 if objective == "grpo" else 0.4
+    assert data_hash(made, share) != data_hash(apart, share)
+    assert data_hash(made, share) == data_hash(renamed, share), "prepared again, with the same origins"
+    assert data_hash(made, 0) == data_hash(apart, 0)
 
 
 def test_a_finished_run_remembers_its_version_and_a_lost_state_is_no_error(tmp_path) -> None:

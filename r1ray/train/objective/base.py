@@ -6,6 +6,7 @@ below; it knows no Ray, no checkpoint and no clock.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from r1ray.train.schedule import Schedule
     from r1ray.train.trainer import Paced
 
-__all__ = ["Bench", "Objective", "Rows"]
+__all__ = ["Bench", "Objective", "Rows", "identity"]
 
 
 class Rows(Protocol):
@@ -34,6 +35,14 @@ class Rows(Protocol):
 
     @property
     def data_hash(self) -> str: ...
+
+
+def identity(data_hash: str, *parts: str | None) -> str:
+    """The hash that names a run: of the rows' text, and of whatever else decides what is learned from them (None: nothing)."""
+    for part in parts:
+        if part is not None:
+            data_hash = hashlib.sha256(f"{data_hash} {part}".encode()).hexdigest()
+    return data_hash
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,16 +67,10 @@ class Bench:
     """Whether what is resumed was converted from another number of workers."""
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments that every TRL config takes: ours for steps, DeepSpeed, optimizer; saving and logging left to the callbacks.
-
-        Raises:
-            InvalidValue: a worker's GPU does not multiply the order's number type.
-        """
-        from r1ray.train.precision import check_dtype
+        """Keyword arguments that every TRL config takes: ours for steps, DeepSpeed, optimizer; saving and logging left to the callbacks."""
         from r1ray.train.trainer import common_arguments
 
         order = self.order
-        check_dtype(order)
         bf16 = order.dtype == "bfloat16"
         return common_arguments(
             order.config,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from r1ray.data.read import Loaded, read_conversations
+from r1ray.data.split import origins_digest, stem_hash
 from r1ray.settings import Settings
 from r1ray.train import heldout
-from r1ray.train.objective.base import Bench, Objective
+from r1ray.train.objective.base import Bench, Objective, identity
 from r1ray.train.order import plan_of
 from r1ray.train.prompts import PromptLimits, PromptSet, prepare_prompts
 from r1ray.types import Artifact
@@ -28,7 +30,10 @@ class Groups(Objective):
     """Prompts with a reference answer; rewards instead of labels."""
 
     def read(self, config: FinetuneConfig) -> Loaded:
-        return read_conversations(config.data)
+        """Their ids say which prompts are held out together: other ids are another run."""
+        loaded = read_conversations(config.data)
+        origins = origins_digest(stem_hash(one.id) for one in loaded.conversations) if config.train.grpo.num_held_out else None
+        return replace(loaded, data_hash=identity(loaded.data_hash, origins))
 
     def prepare(self, rows: Loaded, base: Artifact, config: FinetuneConfig, settings: Settings) -> PromptSet:
         train = config.train

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from r1ray.data.preferences import LoadedPairs, read_preferences
+from r1ray.data.split import origins_digest, stem_hash
 from r1ray.settings import Settings
 from r1ray.train import heldout
-from r1ray.train.objective.base import Objective
+from r1ray.train.objective.base import Objective, identity
 from r1ray.train.pairs import PairLimits, PairSet, tokenise_pairs
 from r1ray.types import Artifact
 
@@ -23,14 +25,20 @@ class Paired(Objective):
     """Pairs in any format; the loss is the mean over the batch's pairs."""
 
     def read(self, config: FinetuneConfig) -> LoadedPairs:
-        return read_preferences(config.data)
+        """Their ids say which pairs are held out together: other ids are another run."""
+        loaded = read_preferences(config.data)
+        origins = origins_digest(stem_hash(pair.id) for pair in loaded.pairs) if _eval_share(config) else None
+        return replace(loaded, data_hash=identity(loaded.data_hash, origins))
 
     def prepare(self, rows: LoadedPairs, base: Artifact, config: FinetuneConfig, settings: Settings) -> PairSet:
         train = config.train
-        eval_share = train.dpo.eval_share if train.objective == "dpo" else train.reward.eval_share
-        limits = PairLimits(max_length=train.max_length, eval_share=eval_share, seed=train.seed)
+        limits = PairLimits(max_length=train.max_length, eval_share=_eval_share(config), seed=train.seed)
         return tokenise_pairs(rows, base, config.data, limits, settings.cache)
 
     def closing(self, run_directory: Path, say: Callable[[str], object]) -> dict[str, float]:
         """How often, and by how much, the better of two held-out answers is ahead; before and after."""
         return heldout.told(run_directory, say)
+
+
+def _eval_share(config: FinetuneConfig) -> float:
+    return config.train.dpo.eval_share if config.train.objective == "dpo" else config.train.reward.eval_share

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ from r1ray.data.read import Loaded, read_conversations
 from r1ray.data.split import origins_digest, stem_hash
 from r1ray.settings import Settings
 from r1ray.train.batches import BatchPlan
-from r1ray.train.objective.base import Bench, Objective
+from r1ray.train.objective.base import Bench, Objective, identity
 from r1ray.train.order import Material, plan_for
 from r1ray.train.tokens import TokenSet, tokenise
 from r1ray.types import Artifact
@@ -37,7 +36,7 @@ class Supervised(Objective):
             return self._streamed(config, settings)
         loaded, mix = read_conversations(config.data), _mix(config, settings)
         origins = origins_digest(stem_hash(one.id) for one in loaded.conversations) if config.train.eval_share else None
-        return replace(loaded, data_hash=_identity(loaded.data_hash, mix.stored if mix else None, origins))
+        return replace(loaded, data_hash=identity(loaded.data_hash, mix.stored if mix else None, origins))
 
     def prepare(self, rows: Loaded | Corpus, base: Artifact, config: FinetuneConfig, settings: Settings) -> TokenSet:
         if not isinstance(rows, Loaded):
@@ -53,7 +52,7 @@ class Supervised(Objective):
         mix = stored_mix(settings.locate(config.data.path)) if config.train.mix else None
         corpus = read_corpus(Recipe(data=config.data, base=base, max_length=config.train.max_length, mix=mix), settings)
         origins = corpus.origins if config.train.eval_share else None
-        return replace(corpus, data_hash=_identity(corpus.data_hash, mix, origins))
+        return replace(corpus, data_hash=identity(corpus.data_hash, mix, origins))
 
     def trainer_class(self, _: Bench) -> type[SupervisedTrainer]:
         from r1ray.train.objective.sft_trainer import SupervisedTrainer
@@ -98,14 +97,6 @@ def _held_out(bench: Bench, feed: Feed, material: Material) -> tuple[Feed | Slic
     rows = bench.order.config.micro_batch_size * bench.num_workers
     plan = BatchPlan(material.lengths(), batch_size=rows, num_epochs=1, seed=0, group_window=len(ids))
     return bench.sliced(replace(feed, input_ids=ids, masks=masks, plan=plan, num_steps=plan.num_steps, accumulation=1)), plan.num_steps
-
-
-def _identity(data_hash: str, mix: str | None, origins: str | None) -> str:
-    """Another plan, or other rows to hold out, is another run."""
-    for part in (mix, origins):
-        if part is not None:
-            data_hash = hashlib.sha256(f"{data_hash} {part}".encode()).hexdigest()
-    return data_hash
 
 
 def _mix(config: FinetuneConfig, settings: Settings) -> Mix | None:
