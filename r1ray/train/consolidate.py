@@ -2,7 +2,8 @@
 
 Training at stage 3 saves shards only: gathering 671 billion weights on one rank for each checkpoint is what ends runs with a full host
 memory (LLaMA-Factory issue 6843). The weights are put together once, from the float32 masters, when somebody wants them. Below stage 3 the
-rank that writes has them all and copies them from its GPU layer by layer. Experts that transformers fuses in memory get their own tensors
+rank that writes has them all and copies them from its GPU layer by layer; where tensors are split it asks for one after the other, and the
+workers that hold their parts take part. Experts that transformers fuses in memory get their own tensors
 again, as in every checkpoint of the family.
 """
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["tied_names", "with_weights", "write_weights"]
+__all__ = ["take_part", "with_weights", "write_weights"]
 
 _SHARD_BYTES = 2 << 30
 _LAYER = re.compile(r".*?\.layers\.\d+\.")
@@ -43,7 +44,7 @@ def with_weights(checkpoint: Path, dtype: str) -> list[Path]:
     return weight_files(checkpoint)
 
 
-def tied_names(model: PreTrainedModel) -> frozenset[str]:
+def _tied_names(model: PreTrainedModel) -> frozenset[str]:
     """Tensors that are another one under a second name, and are stored under the first alone."""
     return (
         frozenset(getattr(model, "_tied_weights_keys", None) or ()) if getattr(model.config, "tie_word_embeddings", False) else frozenset()
@@ -55,7 +56,7 @@ def write_weights(model: PreTrainedModel, tensors: Mapping[str, Any], out: Path,
 
     Args:
         model: Knows how its tensors are named in files; its own weights are not looked at.
-        tensors: By the model's names; gathered, or copied from a GPU, when their turn comes.
+        tensors: By the model's names; copied from a GPU, or put together (asked for their `contiguous()`), when their turn comes.
         dtype: What numbers are stored in; None keeps each tensor's own.
     """
     from safetensors.torch import save_file
@@ -68,6 +69,16 @@ def write_weights(model: PreTrainedModel, tensors: Mapping[str, Any], out: Path,
         files |= dict.fromkeys(shard, name)
         total += sum(tensor.nbytes for tensor in shard.values())
     (out / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2), encoding="utf-8")
+
+
+def take_part(model: PreTrainedModel, tensors: Mapping[str, Any]) -> None:
+    """Where other workers write: ask for the same tensors in the same order as `write_weights` does there, and let each go."""
+    import torch
+
+    for layer in _layers(tensors, model):
+        for part in layer.values():
+            if not isinstance(part, torch.Tensor):
+                part.contiguous()
 
 
 def _consolidate(checkpoint: Path, dtype: str) -> None:
@@ -120,7 +131,7 @@ def _masters(checkpoint: Path) -> Mapping[str, Any]:
 
 def _layers(masters: Mapping[str, Any], model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     """The tensors of a layer together, since its experts may share one; those of no layer each alone. Tied copies are left out."""
-    tied = tied_names(model)
+    tied = _tied_names(model)
     groups: dict[str, dict[str, Any]] = {}
     for name, part in masters.items():
         if name not in tied:

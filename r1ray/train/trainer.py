@@ -5,7 +5,7 @@ All else is TRL's, transformers' and DeepSpeed's: the loop, gradient accumulatio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerState
 
 from r1ray.train.config import TrainConfig
-from r1ray.train.consolidate import tied_names, write_weights
+from r1ray.train.consolidate import take_part, write_weights
 from r1ray.train.parallel.layout import Layout
 from r1ray.train.schedule import Schedule
 from r1ray.train.zero import deepspeed_config
@@ -166,40 +166,58 @@ class PacedTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """By the rank that writes, from the tensors that it holds: accelerate would first copy the whole model to every rank's memory.
 
-        Where no rank has all of it, what is saved is gathered; at ZeRO-3 all weights stay in the ranks' shards until the end.
+        Where a tensor is split, it is put together when its turn to be written comes; an adapter at ZeRO-3 is gathered before. Of all
+        weights at ZeRO-3 the ranks' shards are kept until the end.
         """
         engine = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
         zero = engine.engine.config.get("zero_optimization", {}) if engine is not None else {}
         if zero.get("stage3_gather_16bit_weights_on_model_save"):
             super().save_model(output_dir, _internal_call)
-        elif not self.args.should_save or output_dir is None:
+        elif output_dir is None:
+            return
+        elif self.layout is not None and self.layout.tensor > 1:
+            self._save_parts(output_dir, self.layout)
+        elif not self.args.should_save:
             return
         elif zero.get("stage") == 3:
             _describe(self.accelerator.unwrap_model(self.model), output_dir)
         else:
             self._save(output_dir)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """What this rank holds, or what was gathered (`state_dict`): that without tied copies, which accelerate has cloned, with what is
-        stored and not trained, as DeepSeek-V3's routing bias; DeepSpeed gathers a split model's parameters only."""
-        if not self.args.should_save:
+    def _save_parts(self, output_dir: str, layout: Layout) -> None:
+        """By those workers together that hold one copy of the model; of an adapter only what is its own."""
+        from r1ray.train.parallel.tensor import whole_tensors
+
+        if layout.place(self.args.process_index).data > 0:
             return
         model: Any = self.accelerator.unwrap_model(self.model)
-        if state_dict is None and output_dir is not None and not hasattr(model, "peft_config"):
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            write_weights(model, model.state_dict(), Path(output_dir))
-            _describe(model, output_dir)
+        tensors = whole_tensors(model, keep=self.args.should_save)
+        if hasattr(model, "peft_config"):
+            own = {name: tensor.contiguous() for name, tensor in tensors.items() if ".lora_" in name}
+            self._save(output_dir, own)
+        elif self.args.should_save:
+            _write(model, tensors, output_dir)
+        else:
+            take_part(model, tensors)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """What this rank holds, or the adapter that was gathered (`state_dict`)."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if not self.args.should_save:
             return
-        if state_dict is not None:
-            tied = tied_names(model)
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
-        if state_dict is not None and self.layout is not None and self.layout.tensor > 1:
-            buffers = {name for name, _ in model.named_buffers()}
-            state_dict |= {name: tensor for name, tensor in model.state_dict().items() if name in buffers}
-        super()._save(output_dir, state_dict)
+        if state_dict is None and output_dir is not None and not hasattr(model, "peft_config"):
+            _write(model, model.state_dict(), output_dir)
+        else:
+            super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         Trainer._save_checkpoint(self, model, trial)  # without TRL's model card: the manifest says it all
+
+
+def _write(model: Any, tensors: Mapping[str, Any], output_dir: str) -> None:
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    write_weights(model, tensors, Path(output_dir))
+    _describe(model, output_dir)
 
 
 def _describe(model: Any, output_dir: str) -> None:

@@ -4,12 +4,14 @@ AutoTP splits the linear layers that zero.py names: those before an activation o
 it leaves whole is mended here: fused experts, each split like an MLP of its own; layers with a LoRA adapter; and the rotary key that all
 heads of latent attention share, whose gradient every worker knows a part of.
 
-The workers of a group compute the same rows. Knows no optimizer; saving gathers through the same attributes as AutoTP's own layers.
+The workers of a group compute the same rows. A save asks for whole tensors one by one (`whole_tensors`), through the attribute by which
+AutoTP's own layers gather. Knows no optimizer and no file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import nn
 
 from r1ray.train.parallel.layout import COLUMNS, ROWS, Layout
 
-__all__ = ["share_tensors"]
+__all__ = ["share_tensors", "whole_tensors"]
 
 
 def share_tensors(model: nn.Module, layout: Layout) -> None:
@@ -34,6 +36,43 @@ def share_tensors(model: nn.Module, layout: Layout) -> None:
             _split_experts(module, group)
         if hasattr(module, "lora_A"):
             _split_adapted(name, module, group)
+
+
+def whole_tensors(model: nn.Module, *, keep: bool) -> dict[str, Any]:
+    """Every tensor of `model` by name; one that is split as what puts it together when it is asked for its `contiguous()`.
+
+    All workers of a group ask for the same ones in the same order; only those that `keep` get them. Neither the parts nor what DeepSpeed
+    knows of them change.
+    """
+    parameters: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[str, Any] = dict(model.state_dict())
+    split = [name for name in found if getattr(parameters.get(name), "ds_is_replaced_module", False)]
+    return found | {name: _Whole(parameters[name], keep) for name in split}
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    parameter: Any
+    keep: bool
+
+    def contiguous(self) -> torch.Tensor:
+        """A matrix where its parts are, experts in main memory: one whole matrix is more than the parts take at any time."""
+        mine = self.parameter.detach()
+        if mine.dim() < 3:
+            return self._gathered(mine)
+        experts = torch.empty(0)
+        for number, part in enumerate(mine):
+            whole = self._gathered(part)
+            if self.keep and not number:
+                experts = torch.empty((len(mine), *whole.shape), dtype=whole.dtype)
+            if self.keep:
+                experts[number] = whole
+        return experts
+
+    def _gathered(self, part: torch.Tensor) -> torch.Tensor:
+        whole = part.detach()  # another face of the same numbers: gathering gives it new ones
+        self.parameter.gather_params([whole])
+        return whole
 
 
 class _Copied(torch.autograd.Function):
@@ -110,11 +149,14 @@ def _split_experts(experts: Any, group: Any) -> None:
         fused.data = torch.cat([gate.chunk(num, 1)[part], up.chunk(num, 1)[part]], dim=1).contiguous()
         down.data = down.data.chunk(num, 2)[part].contiguous()
 
-    def gather(params: Sequence[torch.Tensor]) -> None:
-        fused, down = params
-        gates, ups = zip(*(half.chunk(2, dim=1) for half in _gathered(fused.data, group)), strict=True)
-        fused.data = torch.cat([*gates, *ups], dim=1)
-        down.data = torch.cat(_gathered(down.data, group), dim=2)
+    def gather_fused(params: Sequence[torch.Tensor]) -> None:
+        (fused,) = params  # of all experts or of one
+        gates, ups = zip(*(half.chunk(2, dim=-2) for half in _gathered(fused.data, group)), strict=True)
+        fused.data = torch.cat([*gates, *ups], dim=-2)
+
+    def gather_down(params: Sequence[torch.Tensor]) -> None:
+        (down,) = params
+        down.data = torch.cat(_gathered(down.data, group), dim=-1)
 
     def forward(hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         summed: torch.Tensor = _Summed.apply(  # type: ignore[no-untyped-call]
@@ -123,13 +165,12 @@ def _split_experts(experts: Any, group: Any) -> None:
         )
         return summed
 
-    pair = [experts.gate_up_proj, experts.down_proj]
-    cut(pair)
+    cut([experts.gate_up_proj, experts.down_proj])
     experts.forward = forward
-    for parameter in pair:  # what AutoTP's own layers carry: DeepSpeed's norm and its saving look for these
-        parameter.tensor_model_parallel = True
+    for parameter, gather in ((experts.gate_up_proj, gather_fused), (experts.down_proj, gather_down)):
+        parameter.tensor_model_parallel = True  # what AutoTP's own layers carry: DeepSpeed's norm and `whole_tensors` look for these
         parameter.ds_is_replaced_module = True
-        parameter.gather_params, parameter._tp_partition = gather, cut
+        parameter.gather_params = gather
 
 
 def _gathered(part: torch.Tensor, group: Any) -> list[torch.Tensor]:
