@@ -6,7 +6,7 @@ Parses, asks r1ray.model.plan and r1ray.engine.simulate, prints tables or JSON. 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -97,23 +97,7 @@ def train(  # noqa: PLR0913 - one parameter per option
     from r1ray.model.plan.hardware import load_hardware
     from r1ray.model.plan.training import TrainingWish, cheapest_first, plan_training
 
-    wish = _checked(
-        TrainingWish,
-        method=method,
-        zero_stage=zero_stage,
-        rank=rank,
-        micro_batch_size=micro_batch_size,
-        accumulation=accumulation,
-        length=length,
-        supervised_share=supervised_share,
-        gradient_checkpointing=gradient_checkpointing,
-        offload=offload,
-        dtype=dtype,
-        attention=attention,
-        tensor=tensor,
-        pipeline=pipeline,
-        sequence=sequence,
-    )
+    wish = _checked(TrainingWish, locals())  # options are named as its fields
     found, hardware, count = find(model), load_hardware(gpu_file), _count(tokens)
     wanted = plan_training(found.shape, wish, hardware.pool(gpus, per_node), hardware.assumptions) if gpus else None
     others = cheapest_first(found.shape, wish, hardware, count)
@@ -154,18 +138,7 @@ def serve(  # noqa: PLR0913 - one parameter per option
     from r1ray.model.plan.hardware import load_hardware
     from r1ray.model.plan.serving import ServingWish, choose
 
-    wish = _checked(
-        ServingWish,
-        context=context,
-        prompt=_median(prompt),
-        streams=streams,
-        weights=weights,
-        cache=cache,
-        tpot_ms=tpot_ms,
-        prefill_chunk=prefill_chunk,
-        tensor_parallel=tensor_parallel,
-        stages=stages,
-    )
+    wish = _checked(ServingWish, locals() | {"prompt": _median(prompt)})  # as above
     found, hardware = find(model), load_hardware(gpu_file)
     replica = choose(found.shape, hardware.pool(gpus, per_node), wish, hardware.assumptions)
     outcome = _simulated(replica, _played(trace, rate, requests, (prompt, answer), seed)) if simulate else None
@@ -249,9 +222,10 @@ def check_serving(found: Cluster, name: str, replica: Replica) -> str:
     return f"The cluster at {found.address} can place a replica: {len(wanted)} bundles of one GPU."
 
 
-def _checked(schema: type[W], **values: Any) -> W:
+def _checked(schema: type[W], options: Mapping[str, Any]) -> W:
+    """Of those options that are named as a field."""
     try:
-        return schema(**values)
+        return schema.model_validate({name: value for name, value in options.items() if name in schema.model_fields})
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'options'}: {p['msg']}" for p in error.errors(include_url=False))
         raise InvalidValue(f"{problems}. See r1ray plan --help.") from error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
 from typer.testing import CliRunner
 
 from r1ray.cli import app
-from r1ray.cli.plan import check_serving, check_training
+from r1ray.cli.plan import check_serving, check_training, serve, train
 from r1ray.cluster import Cluster, Node
 from r1ray.errors import ClusterTooSmall
 from r1ray.model.plan.catalog import find
@@ -32,6 +33,12 @@ def test_models_lists_r1_and_its_distills(run):
     output = run("models").output
     assert "r1-distill-qwen-32b" in output
     assert "671.03 B" in output
+
+
+@pytest.mark.parametrize(("asked", "wish", "fixed"), [(train, TrainingWish, {"targets"}), (serve, ServingWish, {"memory_share"})])
+def test_what_can_be_wished_for_has_an_option_of_its_name(asked, wish, fixed):
+    """Options reach the plan by their names alone."""
+    assert wish.model_fields.keys() - inspect.signature(asked).parameters.keys() == fixed
 
 
 def test_training_that_fits_exits_with_0_and_names_its_assumption(run):

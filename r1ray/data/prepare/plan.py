@@ -8,6 +8,7 @@ saved = walk.position()      # plain JSON, for Walk.resume
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from r1ray.errors import InvalidValue, UnknownFormat
 __all__ = ["MIX_KEY", "Coverage", "Mix", "MixPlan", "Walk", "coverage", "mix_plan", "read_mix", "stored_mix"]
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 MIX_KEY = "r1ray.mix"
 """Of the file metadata: where the plan is stored."""
@@ -172,15 +174,30 @@ def read_mix(path: Path) -> Mix | None:
 
 
 def stored_mix(path: Path) -> str | None:
-    """The plan in the metadata of the Parquet file at `path`, as it stands there; None for any other file and for a directory."""
+    """The plan in the metadata of the Parquet file at `path`; None for any other file and for a directory.
+
+    As it stands there, but for a file that was prepared before plans named their rows' roles (`drawn_from`): such a plan holds the median
+    length where nobody had said what is short, which draws some rows twice and others never. There the shortest of each role are short.
+    """
     if path.suffix != ".parquet" or not path.is_file():
         return None
     stored = (pq.read_metadata(path).metadata or {}).get(MIX_KEY.encode())
-    return None if stored is None else stored.decode()
+    return None if stored is None else _without_median(stored.decode(), path)
+
+
+def _without_median(stored: str, path: Path) -> str:
+    tree = json.loads(stored)
+    if "drawn_from" in tree or tree["short_chars"] is None:
+        return stored
+    chars = pq.read_table(path, columns=["chars"])["chars"].to_numpy()
+    if not len(chars) or tree["short_chars"] != int(np.median(chars)):
+        return stored  # somebody has set it
+    _log.info("%s is of before: its shortest rows of each role are short instead of those up to the median", path)
+    return json.dumps(tree | {"short_chars": None})
 
 
 def _plan(path: Path) -> MixPlan:
-    stored = (pq.read_metadata(path).metadata or {}).get(MIX_KEY.encode())
+    stored = stored_mix(path)
     if stored is None:
         raise UnknownFormat(f"{path} has no mix plan: it was not written by jobs/prepare_data.py. Prepare it first.")
     tree = json.loads(stored)

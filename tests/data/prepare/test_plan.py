@@ -107,12 +107,23 @@ def test_the_same_rows_in_other_roles_are_another_plan(settings, tmp_path):
     assert stored[0] != stored[1]
 
 
-def test_a_file_of_before_keeps_the_limit_that_its_plan_names(tmp_path):
-    table = pa.table({"role": ["domain"] * 4, "chars": [1, 2, 3, 4]})
-    old = {"stages": [[0, {"domain": 1.0}]], "short_share": 0.5, "short_chars": 1}
-    pq.write_table(table.replace_schema_metadata({"r1ray.mix": json.dumps(old)}), tmp_path / "x.parquet")
-    drawn = Walk(tmp_path / "x.parquet", batch_size=4, seed=0).take(40).tolist()
-    assert abs(drawn.count(0) - 20) <= 1
+def of_before(path, short_chars):
+    """Ten rows of one role, whose median length is 5, prepared when plans did not name what they are drawn from."""
+    table = pa.table({"role": ["domain"] * 10, "chars": list(range(1, 11))})
+    old = {"stages": [[0, {"domain": 1.0}]], "short_share": 0.4, "short_chars": short_chars}
+    pq.write_table(table.replace_schema_metadata({"r1ray.mix": json.dumps(old)}), path)
+    return path
+
+
+def test_a_file_of_before_keeps_the_limit_that_somebody_has_set(tmp_path):
+    drawn = Walk(of_before(tmp_path / "x.parquet", 1), batch_size=4, seed=0).take(40).tolist()
+    assert abs(drawn.count(0) - 16) <= 1
+
+
+def test_a_median_that_nobody_has_set_is_left_out_of_a_file_of_before_and_an_epoch_draws_every_row_once(tmp_path):
+    path = of_before(tmp_path / "x.parquet", 5)
+    assert sorted(Walk(path, batch_size=5, seed=0).take(10)) == list(range(10))
+    assert json.loads(stored_mix(path))["short_chars"] is None, "so that training makes its tokens anew, by the same plan"
 
 
 def test_a_resumed_walk_goes_on(prepared):
