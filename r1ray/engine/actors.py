@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from r1ray.engine.hardware import physical_cores
+from r1ray.engine.link import Place
 from r1ray.engine.pipeline import Host, Worker
-from r1ray.engine.stage import Place, StageOrder
+from r1ray.engine.stage import StageOrder
 from r1ray.errors import EngineStopped
 
 __all__ = ["StageActors"]

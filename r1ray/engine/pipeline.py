@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from r1ray.engine.backend import OUT_OF_MEMORY, Piece
+from r1ray.engine.link import Line, Link
 from r1ray.engine.memory import blocks_for
-from r1ray.engine.stage import CLEAR, END, Layers, Link, StageOrder, encode_pass, load_stage, serve_passes
+from r1ray.engine.stage import CLEAR, END, Layers, StageOrder, encode_pass, load_stage, serve_passes
 from r1ray.engine.tensor import RANK_GONE, Share
 from r1ray.errors import AdapterMismatch, EngineStopped
 
@@ -53,8 +54,9 @@ class Worker:
         self._share = Share(order.place.tensor, order.place.num_tensor)
         self.layers: Layers = load_stage(order, self._share)
         self.num_blocks = 0
+        self.line: Line
 
-    def connect(self, address: str, port: int) -> Link:
+    def connect(self, address: str, port: int, hidden: int) -> Link:
         """All ranks at the same time: each waits for the others, then for what they have left beside their weights.
 
         Raises:
@@ -65,6 +67,7 @@ class Worker:
         with self._blamed(link):
             if place.num_tensor > 1:
                 self._share.join(link.tensor_group(self._order.device))
+            self.line = link.line(self._order.states(hidden))
             rooms = link.exchange(self.layers.room(self._order.wish))
             self.num_blocks = blocks_for(rooms, self._order.wish)
             self.layers.allocate(self.num_blocks)
@@ -72,9 +75,9 @@ class Worker:
 
     def compute(self, address: str, port: int, hidden: int) -> None:
         """Raises EngineStopped when another rank is gone; whatever else fails here, the driver is told first."""
-        link = self.connect(address, port)
+        link = self.connect(address, port, hidden)
         with self._blamed(link):
-            serve_passes(self.layers, link, self._order.place, hidden)
+            serve_passes(self.layers, link, self.line, self._order.place.rank)
 
     @contextmanager
     def _blamed(self, link: Link) -> Iterator[None]:
@@ -111,7 +114,6 @@ class PipelineBackend:
 
     def __init__(self, orders: Sequence[StageOrder], *, hidden: int, workers: Workers) -> None:
         self.lacks = frozenset({"adapters"})
-        self._hidden = hidden
         self._place = orders[0].place
         self._under_way: deque[list[Piece]] = deque()
         self._workers = workers
@@ -121,13 +123,13 @@ class PipelineBackend:
             self.hosts = workers.wait()
             address, port = self.hosts[0].address, _free_port()
             workers.compute(address, port, hidden)
-            self._link = own.connect(address, port)
+            self._link = own.connect(address, port, hidden)
         except Exception:
             workers.kill()
             raise
         self.depth = passes_at_once(orders[0], self.hosts)
         log.info("pipeline: %d stages, %d passes at once", self._place.num_stages, self.depth)
-        self._layers, self.num_blocks = own.layers, own.num_blocks
+        self._layers, self._line, self.num_blocks = own.layers, own.line, own.num_blocks
         self.vocab_size = self._layers.vocab_size
         self.precision = self._layers.precision
 
@@ -152,6 +154,7 @@ class PipelineBackend:
         def wait() -> None:
             self._workers.wait_for_end()
             lost(self._gone())  # of no effect where the engine ended it
+            self._link.abort()  # its own thread may wait for a GPU that waits for the dead one
 
         threading.Thread(target=wait, name="r1ray-stages", daemon=True).start()
 
@@ -173,6 +176,7 @@ class PipelineBackend:
         except RuntimeError as error:
             log.info("a rank of the pipeline is gone already: %s", error)
         self._workers.kill()
+        self._link.abort()
         self._layers.close()
 
     def _tell(self, row: Sequence[int]) -> None:
@@ -182,20 +186,11 @@ class PipelineBackend:
     def _stage(self, pieces: Sequence[Piece]) -> Tensor:
         """Raises EngineStopped: another rank is gone, or this one's memory is full: the others have begun the pass already."""
         try:
-            return self._layers.stage(pieces, self._states(sum(len(piece.ids) for piece in pieces)))
+            return self._layers.stage(pieces, self._line.receive(sum(len(piece.ids) for piece in pieces)))
         except EngineStopped as error:
             raise EngineStopped(self._gone()) from error
         except OUT_OF_MEMORY as error:
             raise EngineStopped(f"The last stage of the pipeline: {type(error).__name__}: {error}") from error
-
-    def _states(self, num_tokens: int) -> Tensor | None:
-        """What the stage before has computed; None where there is none."""
-        if self._place.before is None:
-            return None
-        try:
-            return self._link.receive(torch.empty(num_tokens, self._hidden), self._place.before)
-        except RuntimeError as error:
-            raise EngineStopped(str(error)) from error
 
     def _gone(self) -> str:
         text = GONE if self._place.num_tensor == 1 else RANK_GONE

@@ -20,7 +20,7 @@ from r1ray.engine.config import EngineConfig
 from r1ray.engine.memory import CacheWish, Room
 from r1ray.engine.paged import TransformersBackend, kv_bytes_per_token
 from r1ray.engine.pipeline import Host, PipelineBackend, Worker
-from r1ray.engine.stage import Link, Place, StageOrder, orders_by_rank
+from r1ray.engine.stage import StageOrder, orders_by_rank
 from r1ray.engine.tensor import check_split
 from r1ray.errors import AdapterMismatch, EngineStopped, InvalidValue, UnsupportedModel
 from tests.engine.conftest import engine_of, prompts, tokens, wanted
@@ -204,38 +204,6 @@ def test_an_architecture_whose_plan_gathers_inside_a_layer_is_refused() -> None:
 def test_what_cannot_split_layers_is_an_error_of_the_settings(setting: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="tensor_parallel=2"):
         EngineConfig(tensor_parallel=2, **setting)  # type: ignore[arg-type]
-
-
-def test_the_ranks_of_a_stage_follow_each_other_and_the_driver_is_the_first_of_the_last() -> None:
-    places = [Place(stage=stage, num_stages=3, tensor=tensor, num_tensor=2) for stage in (2, 0, 1) for tensor in (0, 1)]
-    assert [place.rank for place in places] == list(range(6))
-    assert [place.bundle for place in places] == [0, 0, 1, 1, 2, 2]
-    assert [place.before for place in places] == [4, 5, None, None, 2, 3]
-    assert [place.after for place in places] == [None, None, 4, 5, 0, 1]
-
-
-def test_an_idle_rank_waits_for_longer_than_a_pass_may_take() -> None:
-    rows: list[list[int]] = []
-
-    def follow(port: int) -> None:
-        rows.append(Link("127.0.0.1", port, Place(tensor=1, num_tensor=2), timeout_s=2).receive_row(0))
-
-    port = free_port()
-    follower = threading.Thread(target=follow, args=(port,), daemon=True)
-    follower.start()
-    link = Link("127.0.0.1", port, Place(num_tensor=2), timeout_s=2)
-    time.sleep(3)
-    link.send_row([7, 8], 1)
-    follower.join(5)
-    assert rows == [[7, 8]]
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize(("num_stages", "num_tensor"), [(2, 1), (1, 2)])
