@@ -31,6 +31,10 @@ class Settings(BaseSettings):
         below_home = self.home / path
         return below_home if not path.expanduser().exists() and below_home.exists() else path.expanduser()
 
+    def place(self, path: Path) -> Path:
+        """Where a file that a config names is written: relative ones below home, since a submitted job's directory ends with it."""
+        return self.home / path.expanduser()
+
     @property
     def registry_uri(self) -> str:
         """The MLflow URI in force."""

@@ -14,7 +14,9 @@ from r1ray.types import Sampling
 
 __all__ = ["EvaluateConfig", "MetricName"]
 
-MetricName = Literal["intent_accuracy", "entity_f1", "exact_match", "format_ok", "rouge_l", "citation_rate", "perplexity"]
+MetricName = Literal[
+    "intent_accuracy", "entity_f1", "exact_match", "format_ok", "rouge_1", "rouge_2", "rouge_l", "bleu", "citation_rate", "perplexity"
+]
 
 
 class EvaluateConfig(Config):
@@ -39,6 +41,11 @@ class EvaluateConfig(Config):
     )
     num_bootstrap: int = Field(default=1000, ge=0, description="Resamples behind each 95 % interval; 0 leaves the intervals out.")
     seed: int = Field(default=0, description="Of the resampling and the perplexity's sample.")
+    cache_salt: str = Field(
+        default="", description="Answers share computed prefixes only with those of the same salt: a sweep gives each setting its own."
+    )
     annotate: bool = Field(default=True, description="Write the metrics to the version's tags in the registry.")
-    out: Path | None = Field(default=None, description="JSON report; null writes reports/evaluate-<time>.json in R1RAY_HOME.")
+    out: Path | None = Field(
+        default=None, description="JSON report; a relative path counts from R1RAY_HOME; null: reports/evaluate-<time>.json."
+    )
     progress_s: float | None = Field(default=5.0, gt=0, description="Seconds between progress lines; null prints none.")

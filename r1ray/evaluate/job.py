@@ -15,6 +15,7 @@ from r1ray.data.read import read_conversations
 from r1ray.errors import EvaluationError
 from r1ray.evaluate.config import EvaluateConfig
 from r1ray.evaluate.runner import evaluate
+from r1ray.evaluate.scoring import check_metrics
 from r1ray.evaluate.summary import METRICS, by_group
 from r1ray.evaluate.table import show
 from r1ray.observe.tracking import Run
@@ -41,11 +42,13 @@ def evaluate_models(config: EvaluateConfig, settings: Settings | None = None) ->
     registry = Registry(settings)
     artifacts = [registry.resolve(ref) for ref in config.models]  # a wrong name fails before the first model is loaded
     conversations = _conversations(config)
+    wanted = config.metrics
+    if wanted is not None and (missing := check_metrics(wanted, conversations, where="metrics", of=str(config.data.path))):
+        log.warning("metrics: %s left out, since the gold answers of %s do not allow it", ", ".join(missing), config.data.path)
     reports = [_one(artifact, conversations, config, registry, settings) for artifact in artifacts]
     show(reports)
-    path = _write(
-        reports, config, config.out or settings.home / "reports" / f"evaluate-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}.json"
-    )
+    named = config.out or Path(f"reports/evaluate-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}.json")
+    path = _write(reports, config, settings.place(named))
     print(f"report: {path}", flush=True)
     return reports
 

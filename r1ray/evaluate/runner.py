@@ -183,7 +183,10 @@ def _request(subject: _Subject, index: int, example: Example) -> GenerationReque
         limit = min(limit, math.ceil(subject.config.length_margin * num_gold) + LENGTH_SLACK)
     seed = None if sampling.seed is None else sampling.seed + index
     return GenerationRequest(
-        id=f"{index}:{example.id}", prompt_ids=tuple(ids), sampling=sampling.model_copy(update={"max_tokens": limit, "seed": seed})
+        id=f"{index}:{example.id}",
+        prompt_ids=tuple(ids),
+        sampling=sampling.model_copy(update={"max_tokens": limit, "seed": seed}),
+        cache_salt=subject.config.cache_salt,
     )
 
 

@@ -13,12 +13,13 @@ from pydantic import Field, model_validator
 from r1ray.config import Config
 from r1ray.data.config import DataConfig
 from r1ray.engine.config import EngineConfig
+from r1ray.evaluate.config import MetricName
 from r1ray.train.config import FinetuneConfig
-from r1ray.tune.profiles import PROFILES
+from r1ray.tune.profiles import PRESENT, PROFILES
 from r1ray.tune.space import Choice, Space, Uniform, assign, bounds, check_keys
 from r1ray.types import Sampling
 
-__all__ = ["AshaConfig", "HyperparameterSweepConfig", "RuleConfig", "SamplingSweepConfig"]
+__all__ = ["AshaConfig", "CandidateConfig", "HyperparameterSweepConfig", "RuleConfig", "SamplingSweepConfig"]
 
 _SPACE: Space = {
     "temperature": Uniform(type="uniform", low=0.0, high=1.0),
@@ -27,16 +28,36 @@ _SPACE: Space = {
     "repetition_penalty": Uniform(type="uniform", low=1.0, high=1.3),
     "frequency_penalty": Uniform(type="uniform", low=0.0, high=1.0),
     "presence_penalty": Uniform(type="uniform", low=0.0, high=0.8),
-    "max_tokens": Choice(type="choice", values=(64, 96, 128)),
+    "max_tokens": Choice(type="choice", values=(128, 256, 512)),
 }
 
 
 class RuleConfig(Config):
-    """How one setting is taken from the front: the best quality within a latency limit."""
+    """How one setting is taken: the best quality within a latency limit, of those that are better than the baseline beyond noise."""
 
     max_slowdown: float = Field(
-        default=0.2, ge=0, description="A setting may take this share longer than the baseline (the first candidate); 0.2 is 20 %."
+        default=0.2, ge=0, description="A setting may take this share longer per answer than the baseline; 0.2 is 20 %."
     )
+    confidence: float = Field(
+        default=0.95, gt=0.5, lt=1, description="How sure it must be that a setting is better than the baseline, all of them considered."
+    )
+    min_examples: int = Field(default=100, ge=1, description="With fewer dialogues the baseline stays, whatever the others seem to be.")
+    take: str | None = Field(default=None, description="Take this setting by its name, whatever the figures say; null follows the rule.")
+
+
+class CandidateConfig(Config):
+    """A setting of your own to try, beside the named profiles."""
+
+    name: str = Field(min_length=1, description="How tables call it.")
+    settings: dict[str, Any] = Field(min_length=1, description="Sampling fields that it sets; the rest is base's.")
+
+    @model_validator(mode="after")
+    def _valid(self) -> CandidateConfig:
+        check_keys(self.settings, Sampling, where=f"the settings of candidate {self.name}")
+        Sampling.model_validate(self.settings)
+        if self.name == PRESENT or self.name.startswith("search-") or self.name in (p.name for p in PROFILES):
+            raise ValueError(f"candidate name {self.name!r} is taken; call it otherwise")
+        return self
 
 
 class SamplingSweepConfig(Config):
@@ -44,8 +65,8 @@ class SamplingSweepConfig(Config):
 
     model: str = Field(description="Registry reference: name, name@alias or name@version.")
     data: DataConfig = Field(description="Evaluation set; each dialogue's last assistant turn is generated and compared.")
-    limit: int | None = Field(default=64, ge=1, description="Dialogues per setting, a seeded sample; null uses all.")
-    quality: tuple[str, ...] = Field(
+    limit: int | None = Field(default=200, ge=1, description="Dialogues per setting, a seeded sample; null uses all.")
+    quality: tuple[MetricName, ...] = Field(
         default=("exact_match", "intent_accuracy", "entity_f1", "rouge_l"),
         min_length=1,
         description="Quality is the mean of those of these metrics that the evaluation reports.",
@@ -53,13 +74,16 @@ class SamplingSweepConfig(Config):
     length_margin: float | None = Field(
         default=None, gt=0, description="Cut answers at this multiple of the gold answer's tokens plus 16; null lets max_tokens decide."
     )
-    candidates: tuple[str, ...] = Field(
-        default=tuple(p.name for p in PROFILES), description="Named profiles tried first, in this order; the first is the baseline."
+    candidates: tuple[str | CandidateConfig, ...] = Field(
+        default=tuple(p.name for p in PROFILES),
+        description="Tried first: names of profiles, or your own; the first is the baseline, unless the version has a policy already.",
     )
-    base: Sampling = Field(default=Sampling(max_tokens=128), description="Values of whatever a candidate or the space does not set.")
+    base: Sampling = Field(default=Sampling(), description="Values of whatever a candidate or the space does not set.")
     space: Space = Field(default=_SPACE, description="Sampling fields that Optuna searches after the candidates; {} ends after them.")
-    num_samples: int = Field(default=20, ge=1, description="Settings tried in all, candidates included.")
-    rule: RuleConfig = Field(default_factory=RuleConfig, description="How the winner is taken from the front.")
+    num_samples: int = Field(
+        default=20, ge=1, description="Settings tried in all, candidates included; the version's present policy comes on top."
+    )
+    rule: RuleConfig = Field(default_factory=RuleConfig, description="How the winner is taken.")
     attach: bool = Field(default=True, description="Attach the winner to the version as its sampling policy.")
     task: str | None = Field(default=None, description="Attach it for this task only; null makes it the version's default.")
     num_actors: int = Field(default=1, ge=1, description="Copies of the model that measure side by side; they share the machine's cores.")
@@ -71,8 +95,12 @@ class SamplingSweepConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> SamplingSweepConfig:
         known = [p.name for p in PROFILES]
-        if unknown := [name for name in self.candidates if name not in known]:
+        if unknown := [each for each in self.candidates if isinstance(each, str) and each not in known]:
             raise ValueError(f"unknown candidates {', '.join(unknown)}; there are {', '.join(known)}")
+        if "perplexity" in self.quality:
+            raise ValueError("quality cannot hold perplexity, which no sampling setting changes; name metrics of answers")
+        if len(set(self.first_settings)) < len(self.candidates):
+            raise ValueError("two candidates have the same name; call one otherwise")
         if not self.candidates:
             raise ValueError("at least one candidate is needed: the first is the baseline of the latency limit")
         check_keys(self.space, Sampling)
@@ -80,6 +108,15 @@ class SamplingSweepConfig(Config):
             for value in bounds(distribution):
                 Sampling.model_validate({key: value})
         return self
+
+    @property
+    def first_settings(self) -> dict[str, Mapping[str, Any]]:
+        """Name -> fields of every candidate, in order."""
+        profiles = {p.name: p.fields for p in PROFILES}
+        return {
+            (each if isinstance(each, str) else each.name): (profiles[each] if isinstance(each, str) else each.settings)
+            for each in self.candidates
+        }
 
     @property
     def trial_bundles(self) -> list[dict[str, float]]:

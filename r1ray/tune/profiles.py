@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["BASELINE", "PROFILES", "Profile"]
+__all__ = ["BASELINE", "PRESENT", "PROFILES", "Profile"]
+
+PRESENT = "current"
+"""Name of what a version answers with already: the policy that it has when a sweep begins."""
 
 
 @dataclass(frozen=True, slots=True)

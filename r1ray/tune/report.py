@@ -18,21 +18,31 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """One measured sampling setting."""
+    """One measured sampling setting. `gain` is its quality less the baseline's, `gain_at_least` what it surely is (noise.py)."""
 
     name: str
     sampling: Sampling
     quality: float
     latency_s: float
+    quality_se: float = 0.0
+    gain: float = 0.0
+    gain_at_least: float = 0.0
     source: str = "Optuna"
     metrics: Mapping[str, float] = field(default_factory=dict)
     on_front: bool = False
     is_chosen: bool = False
+    is_baseline: bool = False
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What it is judged by."""
+        names = ("quality", "quality_se", "gain", "gain_at_least", "latency_s")
+        return {name: getattr(self, name) for name in names}
 
     def row(self) -> dict[str, Any]:
         """Flat, for CSV, JSON and MLflow."""
         fields = self.sampling.model_dump(exclude={"stop", "seed"})
-        own = {"name": self.name, "quality": self.quality, "latency_s": self.latency_s, "on_front": self.on_front, "chosen": self.is_chosen}
+        own = {"name": self.name, **self.figures, "on_front": self.on_front, "chosen": self.is_chosen}
         return {**own, **fields, **self.metrics, "source": self.source}
 
 
@@ -45,7 +55,9 @@ def print_settings(settings: Sequence[Setting]) -> None:
         rows.append(
             {
                 "setting": setting.name,
-                "quality": setting.quality,
+                "quality": f"{setting.quality:.3f} ± {setting.quality_se:.3f}",
+                "gain": "" if setting.is_baseline else f"{setting.gain:+.3f}",
+                "at least": "baseline" if setting.is_baseline else f"{setting.gain_at_least:+.3f}",
                 "latency s": setting.latency_s,
                 "temp": sampling.temperature,
                 "top_p": sampling.top_p,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import time
 from statistics import fmean
@@ -21,6 +22,9 @@ from r1ray.types import Artifact, Sampling
 
 __all__ = ["Bench", "SamplingTrial"]
 
+NOTHING = (0.0, 0.0)
+"""What an example adds to a metric that its gold answer does not allow."""
+
 
 class Bench:
     """The model, its engine and the evaluation set, loaded once; `measure` answers the set with one setting."""
@@ -36,25 +40,30 @@ class Bench:
         engine = config.engine.model_copy(update={"max_waiting": 0, "num_threads": threads})
         self._engine = create_engine(self._artifact, engine, self._registry)
         self._evaluation = EvaluateConfig(data=config.data, length_margin=config.length_margin, num_bootstrap=0)
+        self._num_measured = 0
         print(f"{artifact.ref} and {len(self._conversations)} dialogues ready in {time.monotonic() - start:.1f} s", flush=True)
 
     def measure(self, sampling: Sampling) -> dict[str, Any]:
-        """quality (mean of the wanted metrics), latency_s (mean seconds per answer with all slots busy) and every score."""
+        """quality (mean of the wanted metrics), latency_s (mean seconds per answer with all slots busy), every score, and
+        `shares`: what each example adds to each of these metrics, as JSON (a text, which Tune's loggers leave alone).
+        """
         seeded = sampling if sampling.seed is not None else sampling.model_copy(update={"seed": self._config.seed})
-        report = evaluate(
-            self._artifact, self._conversations, self._evaluation, registry=self._registry, sampling=seeded, engine=self._engine
-        )
+        # The prompts are those of the setting before: what that one computed of them would be this one's lower latency.
+        self._num_measured += 1
+        evaluation = self._evaluation.model_copy(update={"cache_salt": f"setting-{self._num_measured}"})
+        report = evaluate(self._artifact, self._conversations, evaluation, registry=self._registry, sampling=seeded, engine=self._engine)
         scores = dict(report.metrics)
-        wanted = [scores[name] for name in self._config.quality if name in scores]
+        wanted = [name for name in self._config.quality if name in scores]
         if not wanted:
             raise TuningError(f"The evaluation reports {', '.join(scores)}, none of quality={list(self._config.quality)}. Name one.")
         seconds = sorted(row["seconds"] for row in report.examples)
         scores["latency_p95_s"] = seconds[min(len(seconds) - 1, int(0.95 * len(seconds)))]
         scores["ttft_s"] = fmean(row["ttft_s"] for row in report.examples)
         return {
-            "quality": fmean(wanted),
+            "quality": fmean(scores[name] for name in wanted),
             "latency_s": fmean(seconds),
             "scores": scores,
+            "shares": json.dumps({name: [row["shares"].get(name, NOTHING) for row in report.examples] for name in wanted}),
             "data_hash": report.data_hash,
             "num_examples": report.num_examples,
         }

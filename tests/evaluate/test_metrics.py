@@ -8,8 +8,8 @@ from r1ray.errors import EvaluationError
 from r1ray.evaluate import exact
 from r1ray.evaluate.answer import normal_text, normal_value, parse_answer
 from r1ray.evaluate.example import examples_of
-from r1ray.evaluate.lexical import rouge_l, words
-from r1ray.evaluate.scoring import score
+from r1ray.evaluate.lexical import bleu, lexical, rouge_l, words
+from r1ray.evaluate.scoring import check_metrics, score
 from r1ray.evaluate.shares import Share, interval, quotient
 from r1ray.types import Annotations, Conversation, Message
 
@@ -117,7 +117,7 @@ def test_labelled_data_is_matched_by_its_words():
 
 
 def test_plain_text_is_compared_whole():
-    assert set(score(example("Hi", "Hello, how are you?"), "Hello")) == {"rouge_l"}
+    assert set(score(example("Hi", "Hello, how are you?"), "Hello")) == {"rouge_1", "rouge_2", "rouge_l", "bleu"}
 
 
 QUESTION = "[webpage 1 begin]A[webpage 1 end]\n[webpage 2 begin]B[webpage 2 end]\n利率是多少？"
@@ -162,3 +162,40 @@ def test_perplexity_is_the_exponential_of_the_mean():
     shares = [Share(math.log(4) * 3, 3), Share(0.0, 3)]
     assert quotient(shares, exponential=True) == pytest.approx(2)
     assert quotient([Share(1e9, 1)], exponential=True) > 1e300
+
+
+def test_bleu_of_one_answer_is_nltks():
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    pairs = [
+        ("the cat lay on the mat today", "the cat sat on the mat"),
+        ("请您先冻结信用卡，然后联系客服补办新卡", "请先挂失信用卡，再联系客服补办一张新卡"),
+        ("a b c d e f", "a b c d e f"),
+        ("one two three four", "one three two four five six seven"),
+    ]
+    for answer, gold in pairs:
+        theirs = sentence_bleu([words(gold)], words(answer), smoothing_function=SmoothingFunction().method2)
+        assert bleu(answer, gold).numerator == pytest.approx(theirs), answer
+
+
+def test_bleu_of_equal_texts_is_one_however_short_and_of_strangers_zero():
+    assert bleu("Sure.", "sure").numerator == bleu("免年费", "免年费。").numerator == 1
+    assert bleu("", "sure").numerator == bleu("other words", "sure").numerator == 0
+
+
+def test_rouge_of_words_pairs_and_the_subsequence():
+    found = lexical("the cat lay on the mat", "the cat sat on the mat")
+    assert {name: round(share.numerator, 3) for name, share in found.items() if name != "bleu"} == {
+        "rouge_1": 0.833,
+        "rouge_2": 0.6,
+        "rouge_l": 0.833,
+    }
+
+
+def test_metrics_that_the_set_does_not_allow_are_named_before_a_model_is_loaded():
+    dialogues = [dialogue("Fees?", "They are waived in the first year.")]
+    assert check_metrics(["rouge_l", "perplexity"], dialogues, where="metrics", of="faq.csv") == []
+    assert check_metrics(["rouge_l", "exact_match"], dialogues, where="metrics", of="faq.csv") == ["exact_match"]
+    known = "allow bleu, perplexity, rouge_1, rouge_2, rouge_l"
+    with pytest.raises(EvaluationError, match=f"quality names exact_match; the gold answers of faq.csv {known}"):
+        check_metrics(["exact_match"], dialogues, where="quality", of="faq.csv")

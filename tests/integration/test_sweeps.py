@@ -19,6 +19,7 @@ from r1ray.train.config import FinetuneConfig
 from r1ray.tune.config import HyperparameterSweepConfig, SamplingSweepConfig
 from r1ray.tune.hyperparameters import sweep_hyperparameters
 from r1ray.tune.sampling import sweep_sampling
+from r1ray.types import Sampling, SamplingPolicy
 
 pytestmark = pytest.mark.ray
 
@@ -31,6 +32,12 @@ def demo(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(ray_cluster, tiny_llama):
     return import_model(str(tiny_llama), name="tiny-sweep", registry=Registry(ray_cluster.settings)).ref
+
+
+@pytest.fixture(scope="module")
+def untouched(ray_cluster, tiny_llama):
+    """No test attaches a policy to it."""
+    return import_model(str(tiny_llama), name="tiny-untouched", registry=Registry(ray_cluster.settings)).ref
 
 
 def arguments(demo, model, *overrides):
@@ -49,7 +56,7 @@ def test_a_sampling_sweep_measures_chooses_records_and_attaches(ray_cluster, dem
     assert [s.name for s in found] == ["r1-recommended", "greedy", "search-1", "search-2"]
     assert sum(s.is_chosen for s in found) == 1
     chosen = next(s for s in found if s.is_chosen)
-    assert chosen.on_front
+    assert chosen.name == "r1-recommended", "three examples prove nothing against the baseline"
     policy = Registry(settings).resolve(model).policy
     assert policy.default == chosen.sampling
     assert policy.provenance["default"]["setting"] == chosen.name
@@ -64,13 +71,13 @@ def test_a_sampling_sweep_measures_chooses_records_and_attaches(ray_cluster, dem
 
 
 @pytest.mark.parametrize("split", ["stages", "tensor_parallel"])
-def test_the_parts_of_a_split_model_find_room_beside_their_trial(ray_cluster, demo, model, split):
+def test_the_parts_of_a_split_model_find_room_beside_their_trial(ray_cluster, demo, untouched, split):
     """A trial holds all of its own bundle, and what it starts cannot leave its placement group."""
     import ray
 
     num_cpus = ray.available_resources()["CPU"]
     parts = [f"engine.{split}=2", "engine.num_threads=1", "engine.stage_cpus=0.5", "cpus_per_actor=0.5", "attach=false"]
-    found = sweep_sampling(config(demo, model, "num_samples=2", "candidates=[greedy]", *parts), ray_cluster.settings)
+    found = sweep_sampling(config(demo, untouched, "num_samples=2", "candidates=[greedy]", *parts), ray_cluster.settings)
     assert [s.name for s in found] == ["greedy", "search-1"]
     assert all(s.latency_s > 0 for s in found)
     deadline = time.monotonic() + 20
@@ -89,10 +96,10 @@ sweep_sampling(load_config(SamplingSweepConfig, None, sys.argv[1:]), Settings())
 """
 
 
-def test_a_killed_sampling_sweep_goes_on_where_it_was(ray_cluster, demo, model, capsys):
+def test_a_killed_sampling_sweep_goes_on_where_it_was(ray_cluster, demo, untouched, capsys):
     settings = ray_cluster.settings
     slow = ["engine.type=fake", "engine.fake.token_delay_s=0.15", "limit=4"]  # two rounds of eight tokens: 2.4 s a setting
-    overrides = arguments(demo, model, "num_samples=3", "candidates=[r1-recommended, greedy]", "attach=false", *slow)
+    overrides = arguments(demo, untouched, "num_samples=3", "candidates=[r1-recommended, greedy]", "attach=false", *slow)
     environment = {**os.environ, "R1RAY_HOME": str(settings.home), "TUNE_GLOBAL_CHECKPOINT_S": "1"}
     killed = subprocess.Popen([sys.executable, "-u", "-c", KILLED_SWEEP, *overrides], env=environment, stdout=subprocess.PIPE, text=True)
     for line in killed.stdout:
@@ -110,14 +117,23 @@ def test_a_killed_sampling_sweep_goes_on_where_it_was(ray_cluster, demo, model, 
 
 def test_a_finished_sweep_is_chosen_from_anew_without_measuring(ray_cluster, demo, model, capsys):
     overrides = ["num_samples=4", "candidates=[r1-recommended, greedy]"]
-    found = sweep_sampling(config(demo, model, *overrides, "rule.max_slowdown=1000", "task=faq"), ray_cluster.settings)
+    found = sweep_sampling(config(demo, model, *overrides, "rule.take=search-2", "task=faq"), ray_cluster.settings)
     out = capsys.readouterr().out
     assert "started" not in out
     chosen = next(s for s in found if s.is_chosen)
-    assert chosen.quality == max(s.quality for s in found)
+    assert chosen.name == "search-2"
     policy = Registry(ray_cluster.settings).resolve(model).policy
     assert policy.tasks["faq"] == chosen.sampling
     assert set(policy.provenance) == {"default", "faq"}
+
+
+def test_what_a_version_answers_with_is_the_baseline_of_its_next_sweep(ray_cluster, demo, model):
+    settings = ray_cluster.settings
+    registry = Registry(settings)
+    registry.attach_policy(model, SamplingPolicy(default=Sampling(temperature=0.3, max_tokens=8)))
+    found = sweep_sampling(config(demo, model, "num_samples=1", "candidates=[greedy]", "seed=5"), settings)
+    assert [(s.name, s.is_baseline, s.is_chosen) for s in found] == [("current", True, True), ("greedy", False, False)]
+    assert registry.resolve(model).policy.default == Sampling(temperature=0.3, max_tokens=8)
 
 
 @pytest.mark.slow

@@ -7,8 +7,17 @@ from r1ray.tune.report import Setting, print_settings, write_front_plot, write_r
 from r1ray.types import Sampling
 
 SETTINGS = [
-    Setting(name="greedy", sampling=Sampling(temperature=0), quality=0.9, latency_s=1.2, on_front=True, is_chosen=True),
-    Setting(name="search-1", sampling=Sampling(), quality=0.5, latency_s=1.0, metrics={"rouge_l": 0.25}, on_front=True),
+    Setting(name="greedy", sampling=Sampling(temperature=0), quality=0.9, latency_s=1.2, on_front=True, is_chosen=True, is_baseline=True),
+    Setting(
+        name="search-1",
+        sampling=Sampling(),
+        quality=0.5,
+        latency_s=1.0,
+        gain=-0.4,
+        gain_at_least=-0.5,
+        metrics={"rouge_l": 0.25},
+        on_front=True,
+    ),
 ]
 
 
@@ -25,8 +34,13 @@ def test_rows_are_written_alike_as_csv_and_json(tmp_path):
 def test_the_table_marks_the_front_and_the_chosen_setting(capsys):
     print_settings(SETTINGS)
     lines = capsys.readouterr().out.splitlines()
-    assert next(line for line in lines if "greedy" in line).count("* chosen") == 1
-    assert "front" in next(line for line in lines if "search-1" in line)
+    greedy = next(line for line in lines if "greedy" in line)
+    assert greedy.count("* chosen") == 1
+    assert "baseline" in greedy
+    other = next(line for line in lines if "search-1" in line)
+    assert "front" in other
+    assert "-0.400" in other
+    assert "-0.500" in other
 
 
 def test_the_plot_is_a_png(tmp_path):

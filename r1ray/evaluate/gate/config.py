@@ -81,5 +81,7 @@ class GateConfig(Config):
     engine: EngineConfig = Field(default_factory=lambda: EngineConfig(num_slots=32), description="What generates the answers.")
     num_bootstrap: int = Field(default=1000, ge=0, description="Resamples behind each 95 % interval; 0 leaves the intervals out.")
     seed: int = Field(default=0, description="Of the samples and the resampling.")
-    out: Path | None = Field(default=None, description="JSON verdict; null writes reports/gate-<time>.json in R1RAY_HOME.")
+    out: Path | None = Field(
+        default=None, description="JSON verdict; a relative path counts from R1RAY_HOME; null: reports/gate-<time>.json."
+    )
     progress_s: float | None = Field(default=5.0, gt=0, description="Seconds between progress lines; null prints none.")

@@ -24,13 +24,15 @@ from r1ray.engine.create import create_engine
 from r1ray.engine.hardware import choose_device
 from r1ray.engine.offline import generate_all
 from r1ray.engine.protocol import Engine, GenerationRequest
-from r1ray.errors import PromotionRefused, RegistryError
+from r1ray.errors import EvaluationError, PromotionRefused, RegistryError
 from r1ray.evaluate.config import EvaluateConfig
+from r1ray.evaluate.example import examples_of
 from r1ray.evaluate.gate.checks import Check, limits, regressions
 from r1ray.evaluate.gate.config import GateConfig, GateSet, SafetyGate
 from r1ray.evaluate.gate.merge import can_be_merged, merge_agreement
 from r1ray.evaluate.gate.safety import SafetyCase, judge, load_cases
 from r1ray.evaluate.runner import evaluate
+from r1ray.evaluate.scoring import allowed
 from r1ray.evaluate.shares import Share, quotient
 from r1ray.model.load import load_tokenizer
 from r1ray.model.reasoning import split
@@ -61,6 +63,8 @@ def gate(config: GateConfig, settings: Settings | None = None) -> Verdict:
     reference = _reference(config, candidate, registry)
     cases = load_cases(settings.locate(config.safety.cases) if config.safety and config.safety.cases else None) if config.safety else []
     sets = {name: _dialogues(chosen) for name, chosen in config.sets.items()}  # every file is read before the first model is loaded
+    for name, chosen in config.sets.items():
+        _check_metrics(name, chosen, sets[name])
     print(f"candidate {candidate.ref}, against {reference.ref if reference else 'nothing'}", flush=True)
     with Run(EXPERIMENT, candidate.ref, settings=settings) as run:
         run.log_params({"model": candidate.ref, "against": reference.ref if reference else "", **config.model_dump(mode="json")})
@@ -108,6 +112,14 @@ def _reference(config: GateConfig, candidate: Artifact, registry: Registry) -> A
 def _dialogues(chosen: GateSet) -> Sequence[Conversation]:
     limits_ = [n for n in (chosen.limit, chosen.data.limit) if n is not None]
     return read_conversations(chosen.data.model_copy(update={"limit": min(limits_, default=None)})).conversations
+
+
+def _check_metrics(name: str, chosen: GateSet, dialogues: Sequence[Conversation]) -> None:
+    """Raises EvaluationError for a limit on a metric that the set does not have, before minutes are spent on the others."""
+    found = allowed(examples_of(dialogues))
+    if missing := [metric for metric in chosen.metrics if metric not in found]:
+        known = ", ".join(sorted(found))
+        raise EvaluationError(f"The set {name} has no {missing[0]}: its gold answers do not allow it. It has {known}; name those.")
 
 
 def _checks(hearing: _Hearing) -> list[Check]:
@@ -200,7 +212,7 @@ def _write(
 ) -> tuple[Verdict, Path]:
     """The verdict, and where its whole account is; the file is whole or not there."""
     now = datetime.now(UTC)
-    path = config.out or settings.home / "reports" / f"gate-{now:%Y%m%d-%H%M%S}-{os.getpid()}.json"
+    path = settings.place(config.out or Path(f"reports/gate-{now:%Y%m%d-%H%M%S}-{os.getpid()}.json"))
     verdict = Verdict(
         passed=all(check.passed for check in checks),
         against=reference.ref if reference else None,
