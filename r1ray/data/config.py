@@ -14,7 +14,7 @@ from r1ray.config import Config
 
 __all__ = ["DataConfig", "Format"]
 
-Format = Literal["annotated", "messages", "alpaca", "sharegpt", "labelled", "pairs", "sharegpt_pairs", "alpaca_pairs"]
+Format = Literal["annotated", "messages", "alpaca", "sharegpt", "labelled", "faq", "pairs", "sharegpt_pairs", "alpaca_pairs"]
 
 
 class DataConfig(Config):
@@ -33,6 +33,12 @@ class DataConfig(Config):
     label_column: str | None = Field(
         default=None, min_length=1, description="Labelled rows: the column of the label; null: label or category."
     )
+    question_column: str | None = Field(
+        default=None, min_length=1, description="Questions and answers: the question's column; null: question, prompt, query or 问题."
+    )
+    answer_column: str | None = Field(
+        default=None, min_length=1, description="Questions and answers: the answer's column; null: answer, completion, response or 答案."
+    )
     labels: tuple[str, ...] | None = Field(
         default=None, min_length=1, description="Labelled rows: the allowed labels; null allows every label."
     )
@@ -41,7 +47,9 @@ class DataConfig(Config):
         description="strict refuses a dialogue whose turns do not alternate; repair joins repeated turns and drops what has no partner.",
     )
     max_bad_share: float = Field(default=0.01, ge=0, le=1, description="Share of invalid rows above which the job fails.")
-    rejects: Path | None = Field(default=None, description="Where invalid rows are reported as JSON lines; null writes no file.")
+    rejects: Path | None = Field(
+        default=None, description="Where invalid rows are reported as JSON lines, below R1RAY_HOME if relative; null: nowhere."
+    )
     system_prompt: str | None = Field(default=None, description="System message where a dialogue has none, put in by the chat template.")
     limit: int | None = Field(default=None, ge=1, description="Use this many dialogues, a seeded sample in file order; null uses all.")
     seed: int = Field(default=0, description="Chooses the sample of `limit`.")

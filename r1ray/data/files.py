@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from r1ray.data.arrays import MEND, array_rows
-from r1ray.data.lines import BOM, LONGEST_ROW_BYTES, MIB, TOO_LONG, decode, text_lines
+from r1ray.data.lines import BOM, LONGEST_ROW_BYTES, MIB, TOO_LONG, convert, decode, text_lines
 from r1ray.data.records import RawRow, raw_row
 from r1ray.errors import InvalidValue, NothingToTrain, UnknownFormat, WrongEncoding
 
@@ -74,8 +74,10 @@ def kind_of(path: Path) -> Kind:
     if not head.removeprefix(BOM).strip():
         raise NothingToTrain(f"{path} is empty. Set data.path to a file with at least one dialogue.")
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise WrongEncoding(f"{path} is UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8 {path.name}.")
+        raise WrongEncoding(f"{path} is UTF-16, not UTF-8. {convert(path, 'UTF-16')}")
     start = head.removeprefix(BOM).lstrip()[:1]
+    if head.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
+        raise UnknownFormat(f"{path} is an Excel workbook or an archive. Save its sheet as 'CSV UTF-8', or unpack it, and give that file.")
     if head.startswith(b"PAR1"):
         return "parquet"
     if start == b"[":

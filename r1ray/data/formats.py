@@ -1,10 +1,11 @@
-"""The five row formats of dialogues: which one a row is in, and the dialogue it holds. Knows no file and no sampling.
+"""The six row formats of dialogues: which one a row is in, and the dialogue it holds. Knows no file and no sampling.
 
     annotated  {"conversation_id", "utterances": [{"role", "text", "annotations": {"intent", "entities"}}]}   (seed 004)
     messages   {"messages": [{"role", "content"}]}            OpenAI, content parts and reasoning_content included
     alpaca     {"instruction", "input", "output"}             optional system and history
     sharegpt   {"conversations": [{"from", "value"}]}         optional system
     labelled   {"text", "label"} or {"text", "category"}      the answer is the label in words
+    faq        {"question", "answer"}, {"问题", "答案"}, ...   a table of questions and answers, as spreadsheets hold them
 
 `preferences` has the formats of pairs of answers, made of the same parts.
 
@@ -63,6 +64,8 @@ _NEEDS: dict[Format, tuple[str, ...]] = {
 }
 _PAIRED: tuple[Format, ...] = ("pairs", "sharegpt_pairs", "alpaca_pairs")
 _LABEL_COLUMNS = ("label", "category")
+_QUESTION_COLUMNS = ("question", "prompt", "query", "问题", "提问", "问")
+_ANSWER_COLUMNS = ("answer", "completion", "response", "答案", "回答", "答")
 
 
 def detect(columns: Sequence[str], config: DataConfig, file: str) -> Format:
@@ -84,15 +87,21 @@ def detect(columns: Sequence[str], config: DataConfig, file: str) -> Format:
             return name
     if config.text_column in columns and _label_column(columns, config) is not None:
         return "labelled"
+    if all(_faq_columns(columns, config)):
+        return "faq"
     forms = "; ".join(f"{name}: {', '.join(needs)}" for name, needs in _NEEDS.items())
     raise MissingColumn(
-        f"{file} has the columns {listed(columns)}, which fit no format ({forms}; labelled: {_wanted(config)}). "
-        "For labelled rows set data.text_column and data.label_column to two of its columns; else rename the columns."
+        f"{file} has the columns {listed(columns)}, which fit no format ({forms}; labelled: {_wanted(config)}; faq: question, answer). "
+        "For a table of labels set data.text_column and data.label_column to two of its columns, for one of questions and answers "
+        "data.question_column and data.answer_column; else rename the columns."
     )
 
 
 def parser(name: Format, columns: Sequence[str], config: DataConfig) -> Parser:
     """The parser of a detected format, bound to its columns."""
+    if name == "faq":
+        question, answer = _faq_columns(columns, config)
+        return lambda values: _faq(values, question or _QUESTION_COLUMNS[0], answer or _ANSWER_COLUMNS[0])
     if name != "labelled":
         return _PARSERS[name]
     label_column = _label_column(columns, config) or _LABEL_COLUMNS[0]
@@ -104,6 +113,12 @@ def _checked(name: Format, columns: Sequence[str], config: DataConfig, file: str
         missing = [] if config.text_column in columns else [config.text_column]
         missing += [] if _label_column(columns, config) else [config.label_column or " or ".join(_LABEL_COLUMNS)]
         advice = "Set data.text_column and data.label_column to two of its columns."
+    elif name == "faq":
+        known = ((config.question_column, _QUESTION_COLUMNS), (config.answer_column, _ANSWER_COLUMNS))
+        missing = [
+            given or " or ".join(names) for (given, names), found in zip(known, _faq_columns(columns, config), strict=True) if not found
+        ]
+        advice = "Set data.question_column and data.answer_column to two of its columns."
     else:
         missing = [need for need in _NEEDS[name] if need not in columns]
         advice = "Set data.format to the file's format, or rename its columns."
@@ -115,6 +130,16 @@ def _checked(name: Format, columns: Sequence[str], config: DataConfig, file: str
 def _label_column(columns: Sequence[str], config: DataConfig) -> str | None:
     wanted = (config.label_column,) if config.label_column else _LABEL_COLUMNS
     return next((name for name in wanted if name in columns), None)
+
+
+def _faq_columns(columns: Sequence[str], config: DataConfig) -> tuple[str | None, str | None]:
+    """Of the question and of the answer: the configured ones, or known names in any case."""
+    folded = {name.strip().casefold(): name for name in reversed(columns)}
+
+    def find(given: str | None, known: Sequence[str]) -> str | None:
+        return (given if given in columns else None) if given else next((folded[name] for name in known if name in folded), None)
+
+    return find(config.question_column, _QUESTION_COLUMNS), find(config.answer_column, _ANSWER_COLUMNS)
 
 
 def _wanted(config: DataConfig) -> str:
@@ -190,6 +215,11 @@ def _labelled(values: Mapping[str, Any], label_column: str, config: DataConfig) 
         raise BadRow(f"unknown label {label!r}; the nearest of the {len(config.labels)} allowed is {near[0]!r}")
     answer = Message(role="assistant", content=label.replace("_", " "), annotations=Annotations(intent=label))
     return row_id(values), [Message(role="user", content=text.strip()), answer]
+
+
+def _faq(values: Mapping[str, Any], question: str, answer: str) -> tuple[str | None, list[Message]]:
+    asked, said = (message_of(role, values.get(column), None, None) for role, column in (("user", question), ("assistant", answer)))
+    return row_id(values), with_system(values, [asked, said])
 
 
 _PARSERS: dict[Format, Parser] = {"annotated": _annotated, "messages": _messages, "sharegpt": _sharegpt, "alpaca": _alpaca}

@@ -6,13 +6,14 @@ What is not UTF-8 is an error that names the likely encoding and the command tha
 from __future__ import annotations
 
 import codecs
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from r1ray.errors import WrongEncoding
 
-__all__ = ["BOM", "LONGEST_ROW_BYTES", "MIB", "TOO_LONG", "decode", "text_lines", "wrong_encoding"]
+__all__ = ["BOM", "LONGEST_ROW_BYTES", "MIB", "TOO_LONG", "convert", "decode", "text_lines", "wrong_encoding"]
 
 BOM = b"\xef\xbb\xbf"
 MIB = 1024 * 1024
@@ -54,9 +55,14 @@ def decode(data: bytes, path: Path, row: int | None = None) -> str:
 def wrong_encoding(path: Path, byte: int, where: str) -> WrongEncoding:
     """The error for a byte that is not UTF-8, with what the file seems to be instead."""
     guess = _guess(path)
-    advice = f"Convert it: iconv -f {guess} -t UTF-8 {path.name}." if guess else "Export it as UTF-8."
+    advice = convert(path, "GB18030") if guess else "Export it as UTF-8."
     kind = f"it reads as {guess}" if guess else "its encoding is unknown"
     return WrongEncoding(f"{path} is not UTF-8 (byte 0x{byte:02x} in {where}); {kind}. {advice}")
+
+
+def convert(path: Path, encoding: str) -> str:
+    """The command that makes UTF-8 of it, to be pasted. GB18030 holds all of GBK."""
+    return f"Convert it: iconv -f {encoding} -t UTF-8 {shlex.quote(path.name)} > {shlex.quote(f'utf8-{path.name}')}"
 
 
 def _skip_line(file: BinaryIO) -> None:

@@ -221,7 +221,7 @@ def gather(config: DataConfig, opening: Opening[T]) -> Gathered[T]:
         else:
             items.append(found)
     if config.rejects is not None:
-        write_rejects(rejects, config.rejects)
+        write_rejects(rejects, Settings().place(config.rejects))
     num_rows = len(items) + len(rejects)
     check_share(num_rows, len(rejects), rejects, config)
     return Gathered(items=_sample(items, config), rejects=tuple(rejects), formats=tuple(sorted(formats)), num_rows=num_rows)
@@ -255,7 +255,7 @@ def check_share(num_rows: int, num_bad: int, rejects: Sequence[Reject], config: 
         NothingToTrain: all are.
     """
     shown = "; ".join(f"{r.file}:{r.row}: {r.reason}" for r in rejects[:NUM_SHOWN])
-    report = f"All are in {config.rejects}." if config.rejects else "Set data.rejects=FILE to have all of them listed."
+    report = f"All are in {Settings().place(config.rejects)}." if config.rejects else "Set data.rejects=FILE to have all of them listed."
     if num_bad > config.max_bad_share * num_rows:
         raise TooManyBadRows(
             f"{num_bad} of {num_rows} rows are invalid, more than data.max_bad_share={config.max_bad_share:g} allows. "

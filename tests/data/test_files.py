@@ -84,7 +84,9 @@ def test_gbk_is_named(tmp_path):
     path = save(tmp_path / "x.csv", "text,label\n我的卡丢了，怎么办？,card_lost\n", "gbk")
     with pytest.raises(WrongEncoding) as caught:
         list(rows_of(path))
-    assert str(caught.value) == (f"{path} is not UTF-8 (byte 0xce in line 2); it reads as GBK. Convert it: iconv -f GBK -t UTF-8 x.csv.")
+    assert str(caught.value) == (
+        f"{path} is not UTF-8 (byte 0xce in line 2); it reads as GBK. Convert it: iconv -f GB18030 -t UTF-8 x.csv > utf8-x.csv"
+    )
 
 
 def test_gbk_in_one_json_array_is_named(tmp_path):
@@ -139,3 +141,18 @@ def test_json_lines_are_streamed(tmp_path):
     path.write_text('{"a": 1}\n' * 3 + "\xff", encoding="latin-1")
     rows = rows_of(path)
     assert next(rows).values == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "head"), [("faq.xlsx", b"PK\x03\x04\x14\x00"), ("faq.csv", b"PK\x03\x04\x14\x00"), ("old.xls", b"\xd0\xcf\x11\xe0")]
+)
+def test_an_excel_workbook_is_named_with_what_to_do(tmp_path, name, head):
+    (tmp_path / name).write_bytes(head + bytes(100))
+    with pytest.raises(UnknownFormat, match=r"Excel workbook or an archive\. Save its sheet as 'CSV UTF-8'"):
+        list(rows_of(tmp_path / name))
+
+
+def test_the_command_that_converts_can_be_pasted(tmp_path):
+    path = save(tmp_path / "客户 问答.csv", "text,label\n我的卡丢了，怎么办？,card_lost\n", "gbk")
+    with pytest.raises(WrongEncoding, match=r"iconv -f GB18030 -t UTF-8 '客户 问答.csv' > 'utf8-客户 问答.csv'"):
+        list(rows_of(path))

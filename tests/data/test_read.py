@@ -1,4 +1,4 @@
-"""Reading a set: the five formats, the report on bad rows, ids, sampling and the hash."""
+"""Reading a set: the six formats, the report on bad rows, ids, sampling and the hash."""
 
 import csv
 import json
@@ -295,3 +295,39 @@ def test_dialogues_in_csv_cells_are_read(tmp_path):
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([["id", "messages"], ["7", json.dumps(dialogue("你好", "您好")["messages"], ensure_ascii=False)]])
     assert (only(path).id, only(path).messages[1].content) == ("7", "您好")
+
+
+@pytest.mark.parametrize(
+    ("header", "config"),
+    [
+        ("Question,Answer", {}),
+        ("编号,问题,答案", {}),
+        ("prompt,completion", {}),
+        ("客户说,坐席答", {"question_column": "客户说", "answer_column": "坐席答"}),
+        ("客户说,坐席答", {"format": "faq", "question_column": "客户说", "answer_column": "坐席答"}),
+    ],
+)
+def test_a_spreadsheet_of_questions_and_answers_is_read(tmp_path, header, config):
+    path = tmp_path / "faq.csv"
+    first = "1," if header.startswith("编号") else ""
+    path.write_text(f'\ufeff{header}\r\n{first}年费多少？,"免年费。\n详见官网"\r\n', encoding="utf-8")
+    loaded = read(path, **config)
+    assert loaded.formats == ("faq",)
+    assert [(m.role, m.content) for m in loaded.conversations[0].messages] == [("user", "年费多少？"), ("assistant", "免年费。\n详见官网")]
+
+
+def test_a_question_without_an_answer_is_a_bad_row(tmp_path):
+    path = tmp_path / "faq.csv"
+    path.write_text("question,answer\nfee?,none\nlimit?,\n", encoding="utf-8")
+    loaded = read(path)
+    assert [reject.reason for reject in loaded.rejects] == ["assistant turn with empty text"]
+    assert len(loaded.conversations) == 1
+
+
+def test_unknown_columns_name_the_keys_for_questions_and_answers(tmp_path):
+    path = tmp_path / "faq.csv"
+    path.write_text("客户说,坐席答\n年费？,免。\n", encoding="utf-8")
+    with pytest.raises(MissingColumn, match=r"data\.question_column and data\.answer_column"):
+        read(path)
+    with pytest.raises(MissingColumn, match="no column 坐席说 for format faq; it has 客户说, 坐席答"):
+        read(path, format="faq", question_column="客户说", answer_column="坐席说")

@@ -13,6 +13,7 @@ from typing import Any
 from r1ray.data.augment.config import LocalConfig
 from r1ray.errors import InvalidValue
 from r1ray.model.reasoning import split
+from r1ray.settings import Settings
 
 __all__ = ["LocalWriter", "plain"]
 
@@ -64,7 +65,7 @@ class LocalWriter:
         if self._loaded is None:
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
-            path = self._config.model.expanduser()
+            path = Settings().locate(self._config.model)
             try:
                 tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
                 model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype="auto").eval()

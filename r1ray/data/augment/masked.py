@@ -17,6 +17,7 @@ from r1ray.data.augment.provenance import Made, recorded
 from r1ray.data.augment.rules import rng_of
 from r1ray.data.augment.spans import entities_of, is_free, protected, question_start
 from r1ray.errors import InvalidValue
+from r1ray.settings import Settings
 from r1ray.types import Conversation
 
 __all__ = ["MaskedParaphrase"]
@@ -119,7 +120,7 @@ class MaskedParaphrase:
         if self._loaded is None:
             from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-            path = self._config.model.expanduser()
+            path = Settings().locate(self._config.model)
             try:
                 tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
                 model = AutoModelForMaskedLM.from_pretrained(path, local_files_only=True).eval()

@@ -18,6 +18,7 @@ from r1ray.data.augment.provenance import Made, recorded
 from r1ray.data.augment.spans import Span, bounded, edited, entities_of, intents_of, is_free, question_start
 from r1ray.errors import InvalidValue
 from r1ray.model.prompts import detect_language
+from r1ray.settings import Settings
 from r1ray.types import Annotations, Conversation, EntityValue, Message
 
 __all__ = ["EntityPools", "Operator", "ReplaceEntities", "ReplaceSynonyms", "VarySyntax", "read_wording", "rng_of"]
@@ -42,7 +43,7 @@ def rng_of(seed: int, name: str, row: Conversation) -> random.Random:
 
 def read_wording(path: Path | None, shipped: str) -> dict[str, Any]:
     """A YAML mapping: the user's, or the one of that name beside this module."""
-    path = path or _WORDING / f"{shipped}.yaml"
+    path = Settings().locate(path) if path else _WORDING / f"{shipped}.yaml"
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

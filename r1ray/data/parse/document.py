@@ -5,6 +5,8 @@ PDF through pypdfium2 (`pdf`), Word through mammoth and HTML through markdownify
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +15,10 @@ from r1ray.data.mangled import Mangled, mangled
 from r1ray.data.parse.markdown import count_tables, headings
 from r1ray.errors import NothingToTrain, UnknownFormat
 
-__all__ = ["SUFFIXES", "ParsedDocument", "parse"]
+__all__ = ["SUFFIXES", "ParsedDocument", "documents_below", "other_files", "parse"]
 
 SUFFIXES = (".pdf", ".docx", ".html", ".htm", ".md", ".markdown", ".txt")
+_REFUSED = (".doc",)
 _LARGEST_BYTES = 512 * MIB
 
 
@@ -28,6 +31,16 @@ class ParsedDocument:
     num_headings: int
     num_tables: int
     mangled: Mangled
+
+
+def documents_below(directory: Path) -> list[Path]:
+    """Files that look like documents, in the order of names; old Word files too, so that each is refused by name."""
+    return sorted(path for path in _files(directory) if path.suffix.lower() in (*SUFFIXES, *_REFUSED))
+
+
+def other_files(directory: Path) -> Counter[str]:
+    """Extension -> how many files below a directory are no documents."""
+    return Counter(path.suffix.lower() or path.name for path in _files(directory) if path.suffix.lower() not in (*SUFFIXES, *_REFUSED))
 
 
 def parse(path: Path) -> ParsedDocument:
@@ -47,6 +60,11 @@ def parse(path: Path) -> ParsedDocument:
     found = headings(text)
     title = min(found, key=lambda heading: heading[0])[1] if found else ""
     return ParsedDocument(markdown=text + "\n", title=title, num_headings=len(found), num_tables=count_tables(text), mangled=mangled(text))
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    """Without hidden ones and the lock files that Word leaves beside what it has open."""
+    return (path for path in directory.rglob("*") if path.is_file() and not path.name.startswith((".", "~$")))
 
 
 def _markdown(path: Path) -> str:

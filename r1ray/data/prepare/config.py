@@ -38,6 +38,8 @@ class SourceConfig(Config):
     format: Literal["auto"] | Format = Field(default="auto", description="Row format; auto looks at the columns of the first rows.")
     text_column: str = Field(default="text", min_length=1, description="Labelled rows: the column with the customer's words.")
     label_column: str | None = Field(default=None, min_length=1, description="Labelled rows: the label's column; null: label or category.")
+    question_column: str | None = Field(default=None, min_length=1, description="Questions and answers: null is question or 问题.")
+    answer_column: str | None = Field(default=None, min_length=1, description="Questions and answers: null is answer or 答案.")
     labels: tuple[str, ...] | None = Field(default=None, min_length=1, description="Labelled rows: the allowed labels; null: all.")
     role_order: Literal["strict", "repair"] = Field(default="repair", description="strict rejects turns out of order; repair mends them.")
 

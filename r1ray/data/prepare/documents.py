@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from r1ray.data.parse.document import SUFFIXES, ParsedDocument, parse
+from r1ray.data.parse.document import SUFFIXES, ParsedDocument, documents_below, other_files, parse
 from r1ray.data.parse.markdown import sections
 from r1ray.data.prepare.config import DocumentsConfig
 from r1ray.data.prepare.rows import Ledger, RejectedRow
@@ -81,10 +82,18 @@ def _parse_one(path: Path, root: Path, out: Path, limit: float, documents: Docum
         return f"{document.mangled}, more than {limit:.1%}"
     name = path.relative_to(root) if path != root else Path(path.name)
     target = out / name.with_name(f"{name.name}.md" if name.suffix.lower() != ".md" else name.name)
+    if target.exists():  # another source has a file of this name
+        target = _free(out / root.name / target.relative_to(out))
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(document.markdown, encoding="utf-8")
     documents.parsed.append((path, document))
     return None
+
+
+def _free(path: Path) -> Path:
+    """`path`, or its first free number `name-2.md`."""
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
+    return next(p for p in itertools.chain([path], numbered) if not p.exists())
 
 
 def _files(root: Path) -> list[Path]:
@@ -92,7 +101,10 @@ def _files(root: Path) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise InvalidValue(f"No documents at {root}. Set documents.sources to existing files or directories.")
-    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith("."))
+    found = documents_below(root)
+    if others := other_files(root):
+        kinds = ", ".join(f"{number} {suffix}" for suffix, number in sorted(others.items()))
+        print(f"{root}: left out {others.total()} files that are no documents: {kinds}", flush=True)
     if not found:
         raise NothingToTrain(f"{root} holds no {', '.join(SUFFIXES)} file. Set documents.sources to where the documents are.")
     return found

@@ -82,7 +82,7 @@ def prepare(config: PrepareConfig, settings: Settings, *, embed: Embedder | None
 def _destination(config: PrepareConfig, settings: Settings) -> Path:
     if not config.sources and not config.documents.sources:
         raise InvalidValue("Nothing to prepare. Set sources to dialogue files, documents.sources to documents, or both.")
-    out = settings.home / config.out.expanduser()  # an absolute path stays what it is
+    out = settings.place(config.out)
     if out.is_dir():
         raise InvalidValue(f"out={out} is a directory. Set it to the Parquet file to write.")
     read = [settings.locate(source.path).absolute() for source in config.sources]
