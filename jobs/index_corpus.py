@@ -1,4 +1,4 @@
-"""Put Markdown and text files into a retrieval collection that models answer from.
+"""Put Markdown, text, PDF, Word and HTML files into a retrieval collection that models answer from.
 
 ray job submit --working-dir . -- python jobs/index_corpus.py --config jobs/configs/index_corpus.yaml 'sources=[/srv/handbook]'
 """

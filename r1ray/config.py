@@ -18,10 +18,11 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import to_jsonable_python
 
 from r1ray.errors import InvalidValue, UnknownKey
 
-__all__ = ["Config", "config_hash", "dump_yaml", "keys", "load_config", "parse_arguments"]
+__all__ = ["Config", "config_hash", "described", "dump_yaml", "keys", "load_config", "parse_arguments"]
 
 
 class Config(BaseModel):
@@ -77,12 +78,16 @@ def load_config(schema: type[C], path: str | Path | None = None, overrides: Sequ
 def parse_arguments(schema: type[C], description: str | None, argv: Sequence[str] | None = None) -> C:
     """The one command line of all jobs: `--config FILE key=value ...`.
 
-    Overrides may stand before or after the option. Exits as argparse does on a malformed command line.
+    Overrides may stand before or after the options. Exits as argparse does on a malformed command line, and after `--keys`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="YAML file with the job's settings; defaults where absent")
+    parser.add_argument("--keys", action="store_true", help="list every setting with its default and meaning, and end")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.keys:
+        print("\n".join(described(schema)))
+        raise SystemExit(0)
     return load_config(schema, arguments.config, arguments.overrides)
 
 
@@ -105,6 +110,23 @@ def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
         yield prefix + name
         for nested in _nested(info.annotation):
             yield from keys(nested, f"{prefix}{name}.")
+
+
+def described(schema: type[BaseModel], prefix: str = "", defaults: BaseModel | None = None) -> Iterator[str]:
+    """A line per setting: `key = default  # meaning`; a group of settings has a line without a default before theirs.
+
+    `defaults` are those of a group where its owner gives it others than its class has.
+    """
+    for name, info in schema.model_fields.items():
+        value: Any = getattr(defaults, name) if isinstance(defaults, schema) else info.get_default(call_default_factory=True)
+        nested = _nested(info.annotation)
+        is_group = bool(nested) and value is not None
+        shown = (
+            "" if is_group else " = (required)" if info.is_required() else f" = {json.dumps(to_jsonable_python(value), ensure_ascii=False)}"
+        )
+        yield f"{prefix}{name}{shown}  # {info.description or ''}"
+        for group in nested:
+            yield from described(group, f"{prefix}{name}.", value if is_group else None)
 
 
 def _nested(annotation: Any) -> list[type[BaseModel]]:

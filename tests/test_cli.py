@@ -21,6 +21,8 @@ from r1ray.cli.chat import Chat, converse
 from r1ray.cluster import Cluster, Node
 from r1ray.errors import ServerUnreachable
 from r1ray.registry import Registry, weights_sha256
+from r1ray.retrieval.config import IndexConfig
+from r1ray.retrieval.index import build_index
 from r1ray.settings import Settings
 from r1ray.types import Manifest, TemplateInfo
 
@@ -318,3 +320,48 @@ def test_split_holds_out_the_same_rows_of_every_label(cli, tmp_path):
     assert cli("split", str(tmp_path / "rows.csv"), str(tmp_path / "out"), "--share", "0.2").exit_code == 0
     sizes = [pq.read_metadata(tmp_path / "out" / f"{name}.parquet").num_rows for name in ("train", "test")]
     assert sizes == [16, 4]
+
+
+def test_a_collection_is_searched(cli, home):
+    folder = home / "kb"
+    folder.mkdir()
+    (folder / "cards.md").write_text("# Cards\n\n## Lost card\n\nBlock your card in the [app].\n", encoding="utf-8")
+    build_index(IndexConfig(collection="bank", sources=("kb",), embedding="none"), Settings(home=home), progress=lambda _: None)
+    done = cli("search", "bank", "my card is lost", "-k", "1")
+    assert done.exit_code == 0
+    assert "cards.md > Cards > Lost card (cards.md#lost-card" in done.stdout
+    assert "Block your card in the [app]." in done.stdout
+    missing = cli("search", "banc", "my card is lost")
+    assert (missing.exit_code, missing.stderr.startswith("CollectionNotFound: No collection 'banc'")) == (1, True)
+
+
+def test_old_versions_are_deleted_but_not_what_others_were_made_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("R1RAY_HOME", str(tmp_path))
+    registry = Registry(Settings(home=tmp_path))
+    for parents in ((), (), (), ("bank@1",)):
+        with registry.staging("bank") as staged:
+            (staged / "model.safetensors").write_bytes(b"abc")
+            fields = {
+                "kind": "full",
+                "family": "llama",
+                "context_length": 8,
+                "num_parameters": 1,
+                "created_at": "2026-01-02T03:04:05+00:00",
+            }
+            sha256, template = weights_sha256(staged), TemplateInfo(sha256="t")
+            registry.register(staged, Manifest(name="bank", parents=parents, weights_sha256=sha256, template=template, **fields))
+    done = CliRunner().invoke(app, ["prune", "bank", "--keep", "1"], catch_exceptions=False)
+    assert done.stdout == "deleted bank@2, bank@3\n"
+    assert [info.version for info in registry.versions("bank")] == [4, 1]
+    assert CliRunner().invoke(app, ["prune", "bank", "--keep", "1"]).stdout == "nothing to delete\n"
+
+
+def test_a_table_with_columns_of_its_own_is_split(cli, tmp_path):
+    rows = "".join(f"问题{i}？,答案{i}\n" for i in range(20))
+    (tmp_path / "faq.csv").write_text(f"客户说,坐席答\n{rows}", encoding="utf-8-sig")
+    arguments = ("split", str(tmp_path / "faq.csv"), str(tmp_path / "out"))
+    assert "data.question_column" in cli(*arguments).stderr
+    done = cli(*arguments, "--share", "0.2", "question_column=客户说", "data.answer_column=坐席答")
+    assert done.exit_code == 0, done.stderr
+    assert [pq.read_metadata(tmp_path / "out" / f"{name}.parquet").num_rows for name in ("train", "test")] == [16, 4]
+    assert "Unknown key 'question_colum'" in cli(*arguments, "question_colum=客户说").stderr

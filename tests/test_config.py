@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
-from r1ray.config import Config, config_hash, dump_yaml, keys, load_config, parse_arguments
+from r1ray.config import Config, config_hash, described, dump_yaml, keys, load_config, parse_arguments
 from r1ray.errors import InvalidValue, UnknownKey
 
 
@@ -219,3 +219,27 @@ def test_the_hash_is_the_same_in_another_process():
     code = "from r1ray.types import Sampling; from r1ray.config import config_hash; print(config_hash(Sampling(stop=('a',))))"
     prints = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)}
     assert len(prints) == 1
+
+
+def test_keys_are_listed_with_default_and_meaning(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(Job, None, ["--keys"])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(list(keys(Job)))
+    assert all("  # " in line for line in lines)
+
+
+class Evaluation(Config):
+    train: Train = Field(default_factory=lambda: Train(num_workers=4), description="How.")
+    server: Server | None = Field(default=None, description="Where.")
+    path: str = Field(description="What.")
+
+
+def test_listed_defaults_are_those_of_the_job_not_of_the_groups_class():
+    lines = list(described(Evaluation))
+    assert "train.num_workers = 4  # " in lines
+    assert "train  # How." in lines
+    assert "server = null  # Where." in lines
+    assert "server.port = 80  # " in lines
+    assert "path = (required)  # What." in lines

@@ -24,7 +24,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=HEL
 app.add_typer(plan.app, name="plan")
 Reference = Annotated[str, typer.Argument(help="name, name@alias or name@version")]
 
-_SHOWN_METRICS = 6
+_SHOWN_METRICS = 9
 
 
 def console() -> Console:
@@ -149,6 +149,18 @@ def rollback(
     console().print(f"{alias} is now {Registry().rollback(name, alias).ref}")
 
 
+@command(app, "prune")
+def prune(
+    name: Annotated[str, typer.Argument(help="Model name")],
+    keep: Annotated[int, typer.Option(min=1, help="Newest versions that stay.")] = 3,
+) -> None:
+    """Delete a model's oldest versions, files included; what an alias names, or another version was made from, stays."""
+    from r1ray.registry import Registry
+
+    gone = Registry().keep(name, keep)
+    console().print(f"deleted {', '.join(f'{name}@{version}' for version in gone)}" if gone else "nothing to delete")
+
+
 @command(app, "lineage")
 def lineage(ref: Reference) -> None:
     """A version and what it was made from."""
@@ -181,6 +193,25 @@ def chat(
 
     session = Chat.connect(url, model=model, system=system, max_tokens=max_tokens)
     converse(session, console(), once=once)
+
+
+@command(app, "search")
+def search(
+    collection: Annotated[str, typer.Argument(help="Name that jobs/index_corpus.py gave it.")],
+    question: Annotated[str, typer.Argument(help="As a customer would ask it.")],
+    k: Annotated[int, typer.Option("-k", "--num", min=1, help="Passages to show.")] = 3,
+) -> None:
+    """Look up a question in a retrieval collection: the passages that a served model would be given."""
+    from r1ray.retrieval.search import Retriever
+    from r1ray.settings import Settings
+
+    passages = Retriever(Settings().indexes / collection).search(question, k)
+    if not passages:
+        console().print("no passage found")
+    for number, passage in enumerate(passages, start=1):
+        title = " > ".join(part for part in (passage.source, passage.heading) if part)
+        console().print(f"[{number}] {title} ({passage.id}, score {passage.score:.4f})", style="cyan", markup=False, soft_wrap=True)
+        console().print(passage.text, markup=False, soft_wrap=True)
 
 
 @command(app, "calibrate")
@@ -230,14 +261,19 @@ def split(
     out: Annotated[Path, typer.Argument(help="Directory for train.parquet and test.parquet")],
     share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Held-out share of each intent.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Of the choice.")] = 0,
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="How to read it: keys of `data`, e.g. question_column=问 max_bad_share=0.1")
+    ] = None,
 ) -> None:
     """Hold rows out for evaluation: the same rows for the same data and seed, in any row order."""
+    from r1ray.config import load_config
     from r1ray.data.config import DataConfig
     from r1ray.data.read import read_conversations
     from r1ray.data.split import hold_out
     from r1ray.data.write import write_parquet
 
-    train, test = hold_out(read_conversations(DataConfig(path=data)).conversations, share, seed=seed, by_intent=True)
+    read = load_config(DataConfig, None, ["path=.", *(each.removeprefix("data.") for each in settings or ())])
+    train, test = hold_out(read_conversations(read.model_copy(update={"path": data})).conversations, share, seed=seed, by_intent=True)
     for name, conversations in (("train", train), ("test", test)):
         path = write_parquet(conversations, out / f"{name}.parquet")
         console().print(f"{path}  {len(conversations)} dialogues", soft_wrap=True)

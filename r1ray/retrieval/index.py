@@ -20,7 +20,7 @@ from r1ray.errors import CollectionNotFound, RetrievalError
 from r1ray.retrieval import layout
 from r1ray.retrieval.chunk import Chunk, chunk_document
 from r1ray.retrieval.config import IndexConfig
-from r1ray.retrieval.documents import Reject, find, read
+from r1ray.retrieval.documents import Reject, find, left_out, read
 from r1ray.retrieval.embed import Embedder, Vectors, create_embedder
 from r1ray.retrieval.lexical import Lexical
 from r1ray.settings import Settings
@@ -54,8 +54,13 @@ def build_index(
         RetrievalError: nothing to index, too many unreadable files, or another job builds the same collection.
     """
     start = time.monotonic()
-    collection = (settings or Settings()).indexes / config.collection
-    documents, rejects = read(found := find(config.sources), config.encoding)
+    settings = settings or Settings()
+    collection = settings.indexes / config.collection
+    found = find(config.sources, settings.home)
+    if ignored := left_out(config.sources, settings.home):
+        kinds = ", ".join(f"{number} {suffix}" for suffix, number in ignored.items())
+        progress(f"left out {sum(ignored.values())} files of other types: {kinds}")
+    documents, rejects = read(found, config.encoding, progress)
     _check_rejects(rejects, len(found), config, progress)
     chunks = [chunk for document in documents for chunk in chunk_document(document, config.chunk)]
     if not chunks:

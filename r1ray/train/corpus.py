@@ -54,7 +54,7 @@ BLOCK_BYTES = 4 * MIB
 _READ_CPUS, _TOKENISE_CPUS = 0.5, 1.0  # different, so that Ray Data does not make one task of both: one large CSV is read by one task
 _SHOWN_REFUSALS = 3
 _TELL_EVERY_S = 10.0
-_READING = {"format", "text_column", "label_column", "labels", "role_order"}  # of DataConfig: what decides how a row is read
+_READING = {"format", "text_column", "label_column", "question_column", "answer_column", "labels", "role_order"}  # of DataConfig
 _ROW = (
     pa.field("slice", pa.int32()),
     pa.field("file", pa.string()),
@@ -129,7 +129,7 @@ def read_corpus(recipe: Recipe, settings: Settings, *, slice_bytes: int = SLICE_
     counted = shards.counts(place)
     assert counted is not None, "written or found whole"
     if data.rejects is not None:
-        _copy(place / REJECTS, data.rejects)
+        _copy(place / REJECTS, settings.place(data.rejects))
     num_read, num_invalid, tokens = counted["read"], counted["invalid"], described(place)
     check_share(num_read, num_invalid, [Reject(**reject) for reject in counted["first"]], data)
     check_tokens(tokens, num_rows=num_read, num_invalid=num_invalid, data=data, max_length=recipe.max_length)
