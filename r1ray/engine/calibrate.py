@@ -19,9 +19,8 @@ from torch import Tensor
 from r1ray.engine.backend import BLOCK_SIZE, Backend, Piece
 from r1ray.engine.batching import BatchingEngine
 from r1ray.engine.calibration import Calibration, choose, store_calibration
-from r1ray.engine.config import EngineConfig
+from r1ray.engine.config import EngineConfig, Precision
 from r1ray.engine.create import create_engine
-from r1ray.engine.native.weights import Precision
 from r1ray.engine.offline import generate_all
 from r1ray.engine.protocol import Engine, GenerationRequest
 from r1ray.errors import InvalidValue

@@ -8,7 +8,13 @@ from pydantic import Field, model_validator
 
 from r1ray.config import Config
 
-__all__ = ["EngineConfig", "FakeConfig", "VllmConfig"]
+__all__ = ["QUANTISED", "EngineConfig", "FakeConfig", "Precision", "VllmConfig"]
+
+Precision = Literal["float32", "bfloat16", "int8_weight_only", "int8", "int4"]
+"""What the in-house engine holds weights in. int8 and int4 round activations to int8 too, int8_weight_only does not."""
+
+QUANTISED: tuple[Precision, ...] = ("int8_weight_only", "int8", "int4")
+"""Those that only the native kernels compute in."""
 
 PROFILES: dict[str, dict[str, float]] = {
     "adaptive": {"num_slots": 32, "min_slots": 4, "tpot_objective_ms": 100.0},  # seed 002: 4 at low load, 32 at high
@@ -70,10 +76,10 @@ class EngineConfig(Config):
     )
     max_waiting: int = Field(default=256, ge=0, description="Requests that may wait for a slot; one more is refused (QueueFull).")
     max_context: int | None = Field(default=None, ge=2, description="Prompt plus answer in tokens; null is the model's own limit.")
-    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = Field(
+    dtype: Literal["auto", Precision] = Field(
         default="auto",
-        description="What weights are held in. int8, int4: with int8 activations, native backend only; auto: what `r1ray calibrate` found, "
-        "else bfloat16 where the processor multiplies it natively, else float32.",
+        description="What weights are held in. int8_weight_only (activations in bfloat16), int8 and int4 (activations in int8): native "
+        "backend only; auto: what `r1ray calibrate` found, else bfloat16 where the processor multiplies it natively, else float32.",
     )
     device: str = Field(
         default="auto",
@@ -138,7 +144,7 @@ class EngineConfig(Config):
             raise ValueError(
                 f"tensor_parallel={self.tensor_parallel} needs type torch or vllm; type {self.type} has one process: leave it out"
             )
-        lacking = {"backend": self.backend == "native", "dtype": self.dtype in ("int8", "int4")}
+        lacking = {"backend": self.backend == "native", "dtype": self.dtype in QUANTISED}
         if wrong := [key for key, given in lacking.items() if given]:
             raise ValueError(
                 f"{wrong[0]}={getattr(self, wrong[0])} with tensor_parallel={self.tensor_parallel}: the native kernels compute whole "

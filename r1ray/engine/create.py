@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from r1ray.engine.config import EngineConfig
+from r1ray.engine.config import QUANTISED, EngineConfig, Precision
 from r1ray.engine.hardware import choose_threads, engine_device
 from r1ray.engine.kinds import check_kind
 from r1ray.engine.memory import CacheWish, blocks_for, num_kv_blocks
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from r1ray.engine.backend import Backend
-    from r1ray.engine.native.weights import Precision
     from r1ray.model.checkpoint import Tensors
     from r1ray.registry import Registry
 
@@ -148,7 +147,7 @@ def _native_precision(artifact: Artifact, config: EngineConfig, registry: Regist
         return precision
     if config.backend == "native":
         raise UnsupportedModel(f"engine.backend=native cannot run this model here: {why}. Set engine.backend=auto.")
-    if config.dtype in ("int8", "int4"):
+    if config.dtype in QUANTISED:
         raise UnsupportedModel(
             f"engine.dtype={config.dtype} needs the native backend, which does not run here: {why}. Set engine.dtype=auto."
         )

@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from r1ray.engine.config import EngineConfig
+from r1ray.engine.config import QUANTISED, EngineConfig, Precision
 from r1ray.engine.hardware import engine_device
 from r1ray.engine.memory import CacheWish
 from r1ray.errors import UnsupportedModel
@@ -19,7 +19,6 @@ from r1ray.types import Artifact
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from r1ray.engine.native.weights import Precision
     from r1ray.engine.pipeline import PipelineBackend
     from r1ray.engine.stage import StageOrder
     from r1ray.registry import Registry
@@ -92,7 +91,7 @@ def _precision(config: EngineConfig, device: str) -> str:
     """What transformers' modules hold their weights in."""
     from r1ray.model.load import choose_dtype
 
-    if config.dtype in ("int8", "int4"):  # the kernels', whose place these modules take
+    if config.dtype in QUANTISED:  # the kernels', whose place these modules take
         return "bfloat16"
     return str(choose_dtype(device)[0]).removeprefix("torch.") if config.dtype == "auto" else config.dtype
 

@@ -25,11 +25,12 @@ def test_auto_takes_what_was_measured_here(tiny_llama, registry, monkeypatch):
     artifact = import_model(str(tiny_llama), name="tiny", registry=registry)
     said = []
     found = calibrate(artifact, [20 + i % 400 for i in range(600)], registry=registry, on_done=said.append)
-    assert len(said) == 4
-    assert set(found.perplexity) == set(found.agreement) == {"float32", "bfloat16", "int8", "int4"}
+    assert len(said) == 5
+    assert set(found.perplexity) == set(found.agreement) == {"float32", "bfloat16", "int8_weight_only", "int8", "int4"}
     assert found.agreement["float32"] == 1
     assert found.agreement["bfloat16"] > 0.9
     assert found.perplexity["bfloat16"] == pytest.approx(found.perplexity["float32"], rel=0.02)
+    assert found.perplexity["int8_weight_only"] == pytest.approx(found.perplexity["float32"], rel=0.02)
     assert all(rate > 0 for rates in found.tokens_per_s.values() for rate in rates.values())
     kept = load_calibration(artifact, registry.settings)
     assert kept is not None

@@ -24,7 +24,7 @@ __all__ = ["ABI", "library", "why_not"]
 
 log = logging.getLogger(__name__)
 
-ABI = 2
+ABI = 3
 SOURCE = Path(__file__).with_name("kernels.cpp")
 NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "fma")
 FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-shared", "-fPIC", "-pthread", "-w")

@@ -6,8 +6,9 @@
 //
 // Shapes: M packed tokens, N outputs, K inputs of a product; H query heads, G query heads per key head, D head size.
 // Every sum runs over K in one order whatever the number of rows: a sequence has the same logits, to the last bit, in any company.
-// Packed matrices lie in panels of PANEL columns: f32 [K][32], bf16 [K/2][32][2], u8 [K/4][32][4] (the int8 weight + 128), and for int4
-// a run per NIBBLES inputs: 32 steps and 32 lows (f16), then u4 [NIBBLES/4][2][16][4], the two sixteens in the low and high halves of a byte.
+// Packed matrices lie in panels of PANEL columns: f32 [K][32], bf16 [K/2][32][2], i8 [K/2][32][2] for int8 weight-only, u8 [K/4][32][4] for
+// int8 (the weight + 128), and for int4 a run per NIBBLES inputs: 32 steps and 32 lows (f16), then u4 [NIBBLES/4][2][16][4], the two
+// sixteens in the low and high halves of a byte.
 // Knows no scheduling, no sampling and no Python; model.py holds its twin of every struct.
 
 #include <immintrin.h>
@@ -24,7 +25,7 @@
 
 namespace {
 
-constexpr int ABI = 2;       // raised with every change of a struct or a layout
+constexpr int ABI = 3;       // raised with every change of a struct or a layout
 constexpr int PANEL = 32;    // columns of a packed panel: two registers of 16 floats
 constexpr int BLOCK = 32;    // positions of a KV block; also a panel of keys
 constexpr int NIBBLES = 32;  // inputs that share an int4 step and low
@@ -35,7 +36,7 @@ constexpr int SPINS = 4000;  // of a waiting thread before it offers its core to
 
 enum Part { START, NORM, QKV, ROTATE, ATTENTION, OUTPUT, GATE_UP, DOWN, HEAD, NUM_PARTS };
 
-enum Kind : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
+enum Kind : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, INT8_WEIGHT_ONLY = 4 };
 
 extern "C" {
 
@@ -242,6 +243,10 @@ inline __m512 silu(__m512 gate, __m512 up) {
 
 // --- the register tile: ROWS x PANEL of a product, for each kind of number
 
+constexpr bool takes_bf16(int kind) { return kind == BF16 || kind == INT8_WEIGHT_ONLY; }
+constexpr bool takes_int8(int kind) { return kind == INT8 || kind == INT4; }
+constexpr size_t left_size(int kind) { return kind == F32 ? 4 : takes_bf16(kind) ? 2 : 1; }
+
 struct Operand {  // the left side: rows of numbers, and for int8 (with int8 or int4 weights) their scales per group
   const void *data;
   ptrdiff_t stride;  // numbers per row
@@ -250,8 +255,7 @@ struct Operand {  // the left side: rows of numbers, and for int8 (with int8 or 
   ptrdiff_t groups;
   Operand row(int m, int kind) const {
     const char *bytes = static_cast<const char *>(data);
-    const ptrdiff_t size = kind == F32 ? 4 : kind == BF16 ? 2 : 1;
-    return {bytes + m * stride * size, stride, scale + m * groups, start + m * groups, groups};
+    return {bytes + m * stride * ptrdiff_t(left_size(kind)), stride, scale + m * groups, start + m * groups, groups};
   }
 };
 
@@ -282,12 +286,34 @@ inline __m512bh pair(const uint16_t *a) {
   return (__m512bh)_mm512_set1_epi32(bits);
 }
 
-template <int ROWS>
-inline __attribute__((always_inline)) void tile_bf16(const uint16_t *a, ptrdiff_t stride, const uint16_t *w, int k, Accumulator<ROWS> &sum) {
-  for (int i = 0; i < k; i += 2, w += 2 * PANEL) {
-    _mm_prefetch(reinterpret_cast<const char *>(w) + AHEAD, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char *>(w) + AHEAD + 64, _MM_HINT_T0);
-    const __m512bh w0 = (__m512bh)_mm512_loadu_si512(w), w1 = (__m512bh)_mm512_loadu_si512(w + 32);
+struct Halves {  // a panel's weights as they lie in bf16, two inputs per call
+  const uint16_t *at;
+  inline __attribute__((always_inline)) void next(__m512bh &w0, __m512bh &w1) {
+    _mm_prefetch(reinterpret_cast<const char *>(at) + AHEAD, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char *>(at) + AHEAD + 64, _MM_HINT_T0);
+    w0 = (__m512bh)_mm512_loadu_si512(at), w1 = (__m512bh)_mm512_loadu_si512(at + 32);
+    at += 2 * PANEL;
+  }
+};
+
+struct Bytes {  // the same out of int8, which bf16 holds without rounding
+  const int8_t *at;
+  inline __attribute__((always_inline)) void next(__m512bh &w0, __m512bh &w1) {
+    _mm_prefetch(reinterpret_cast<const char *>(at) + AHEAD, _MM_HINT_T0);
+    w0 = _mm512_cvtne2ps_pbh(sixteen(at + 16), sixteen(at));
+    w1 = _mm512_cvtne2ps_pbh(sixteen(at + 48), sixteen(at + 32));
+    at += 2 * PANEL;
+  }
+  static inline __attribute__((always_inline)) __m512 sixteen(const int8_t *from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from))));
+  }
+};
+
+template <int ROWS, class Weights>
+inline __attribute__((always_inline)) void tile_pairs(const uint16_t *a, ptrdiff_t stride, Weights weights, int k, Accumulator<ROWS> &sum) {
+  for (int i = 0; i < k; i += 2) {
+    __m512bh w0, w1;
+    weights.next(w0, w1);
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; ++m) {
       const __m512bh x = pair(a + m * stride + i);
@@ -295,6 +321,11 @@ inline __attribute__((always_inline)) void tile_bf16(const uint16_t *a, ptrdiff_
       sum[m][1] = _mm512_dpbf16_ps(sum[m][1], x, w1);
     }
   }
+}
+
+template <int ROWS>
+inline __attribute__((always_inline)) void tile_bf16(const uint16_t *a, ptrdiff_t stride, const uint16_t *w, int k, Accumulator<ROWS> &sum) {
+  tile_pairs<ROWS>(a, stride, Halves{w}, k, sum);
 }
 
 template <int ROWS>
@@ -379,17 +410,19 @@ struct Sink {  // where a product's sums go; one type for all, since every furth
 };
 
 template <int KIND>
-constexpr int most_rows = KIND == INT8 || KIND == INT4 ? 6 : 12;
+constexpr int most_rows = takes_int8(KIND) ? 6 : 12;
 
+// `weight` is the panel's; scales and bias are `linear`'s.
 template <int KIND, int ROWS>
-void tile(const Operand &x, const Linear &linear, int panel, int row, const Sink &sink) {
+void tile(const Operand &x, const Linear &linear, const void *weight, int panel, int row, const Sink &sink) {
   Accumulator<ROWS> sum;
   zero<ROWS>(sum);
-  const size_t offset = size_t(panel) * PANEL * linear.k;
-  if constexpr (KIND == F32) tile_f32<ROWS>(static_cast<const float *>(x.data), x.stride, static_cast<const float *>(linear.weight) + offset, linear.k, sum);
-  if constexpr (KIND == BF16) tile_bf16<ROWS>(static_cast<const uint16_t *>(x.data), x.stride, static_cast<const uint16_t *>(linear.weight) + offset, linear.k, sum);
-  if constexpr (KIND == INT8) tile_int8<ROWS>(x, static_cast<const uint8_t *>(linear.weight) + offset, linear.k, linear.group, sum);
-  if constexpr (KIND == INT4) tile_int4<ROWS>(x, static_cast<const uint8_t *>(linear.weight) + offset / (NIBBLES * PANEL) * NIBBLES_BYTES, linear.k, sum);
+  if constexpr (KIND == F32) tile_f32<ROWS>(static_cast<const float *>(x.data), x.stride, static_cast<const float *>(weight), linear.k, sum);
+  if constexpr (KIND == BF16) tile_bf16<ROWS>(static_cast<const uint16_t *>(x.data), x.stride, static_cast<const uint16_t *>(weight), linear.k, sum);
+  if constexpr (KIND == INT8) tile_int8<ROWS>(x, static_cast<const uint8_t *>(weight), linear.k, linear.group, sum);
+  if constexpr (KIND == INT4) tile_int4<ROWS>(x, static_cast<const uint8_t *>(weight), linear.k, sum);
+  if constexpr (KIND == INT8_WEIGHT_ONLY)
+    tile_pairs<ROWS>(static_cast<const uint16_t *>(x.data), x.stride, Bytes{static_cast<const int8_t *>(weight)}, linear.k, sum);
   const int column = panel * PANEL;
   if (linear.scale) {
     const __m512 s0 = _mm512_loadu_ps(linear.scale + column), s1 = _mm512_loadu_ps(linear.scale + column + 16);
@@ -403,11 +436,48 @@ void tile(const Operand &x, const Linear &linear, int panel, int row, const Sink
 }
 
 template <int KIND, int ROWS>
-void tile_of(int rows, const Operand &x, const Linear &linear, int panel, int row, const Sink &sink) {
+void tile_of(int rows, const Operand &x, const Linear &linear, const void *weight, int panel, int row, const Sink &sink) {
   if constexpr (ROWS > 0) {
-    if (rows == ROWS) return tile<KIND, ROWS>(x, linear, panel, row, sink);
-    tile_of<KIND, ROWS - 1>(rows, x, linear, panel, row, sink);
+    if (rows == ROWS) return tile<KIND, ROWS>(x, linear, weight, panel, row, sink);
+    tile_of<KIND, ROWS - 1>(rows, x, linear, weight, panel, row, sink);
   }
+}
+
+// Rows through one panel, in tiles of nearly the same height.
+template <int KIND>
+void rows_of(const Operand &x, Range rows, const Linear &linear, const void *weight, int panel, const Sink &sink) {
+  constexpr int most = most_rows<KIND>;
+  for (int row = rows.begin; row < rows.end;) {
+    const int tiles = (rows.end - row + most - 1) / most;
+    const int height = (rows.end - row + tiles - 1) / tiles;
+    tile_of<KIND, most>(height, x.row(row, KIND), linear, weight, panel, row, sink);
+    row += height;
+  }
+}
+
+const void *panel_of(const Linear &linear, int panel) {
+  const size_t numbers = size_t(panel) * PANEL * linear.k;
+  const char *weight = static_cast<const char *>(linear.weight);
+  switch (linear.kind) {
+    case F32: return weight + 4 * numbers;
+    case BF16: return weight + 2 * numbers;
+    case INT4: return weight + numbers / (NIBBLES * PANEL) * NIBBLES_BYTES;
+    default: return weight + numbers;
+  }
+}
+
+// An int8 panel as bf16; this thread's next call overwrites it.
+const void *widened(const void *panel, int k) {
+  static thread_local Buffer<uint16_t> wide;
+  uint16_t *out = wide.need(size_t(k) * PANEL);
+  Bytes weights{static_cast<const int8_t *>(panel)};
+  for (int i = 0; i < k; i += 2) {
+    __m512bh w0, w1;
+    weights.next(w0, w1);
+    _mm512_storeu_si512(out + i * PANEL, (__m512i)w0);
+    _mm512_storeu_si512(out + i * PANEL + 32, (__m512i)w1);
+  }
+  return out;
 }
 
 template <int KIND>
@@ -415,14 +485,12 @@ void product_of(const Operand &x, int num_rows, const Linear &linear, Range pane
   constexpr int most = most_rows<KIND>;
   constexpr int ahead = 16 * most;  // rows whose numbers stay in the second-level cache while the panels go by
   for (int top = 0; top < num_rows; top += ahead) {
-    const int bottom = top + ahead < num_rows ? top + ahead : num_rows;
+    const Range rows{top, top + ahead < num_rows ? top + ahead : num_rows};
     for (int panel = panels.begin; panel < panels.end; ++panel) {
-      for (int row = top; row < bottom;) {
-        const int tiles = (bottom - row + most - 1) / most;
-        const int rows = (bottom - row + tiles - 1) / tiles;
-        tile_of<KIND, most>(rows, x.row(row, KIND), linear, panel, row, sink);
-        row += rows;
-      }
+      const void *weight = panel_of(linear, panel);
+      // each of several tiles would widen the weights anew; either way the sums are the same to the last bit
+      if (KIND == INT8_WEIGHT_ONLY && rows.end - rows.begin > most) rows_of<BF16>(x, rows, linear, widened(weight, linear.k), panel, sink);
+      else rows_of<KIND>(x, rows, linear, weight, panel, sink);
     }
   }
 }
@@ -432,6 +500,7 @@ void product(const Operand &x, int num_rows, const Linear &linear, Range panels,
     case F32: return product_of<F32>(x, num_rows, linear, panels, sink);
     case BF16: return product_of<BF16>(x, num_rows, linear, panels, sink);
     case INT4: return product_of<INT4>(x, num_rows, linear, panels, sink);
+    case INT8_WEIGHT_ONLY: return product_of<INT8_WEIGHT_ONLY>(x, num_rows, linear, panels, sink);
     default: return product_of<INT8>(x, num_rows, linear, panels, sink);
   }
 }
@@ -461,8 +530,7 @@ void quantise_group(const float *x, int num, bool offset_weights, int8_t *out, f
 class Left {  // rows of floats in the form that a product takes; each product fills it anew
  public:
   void need(int num_rows, const Linear &linear) {
-    const size_t size = linear.kind == F32 ? 4 : linear.kind == BF16 ? 2 : 1;
-    bytes_.need(size_t(num_rows) * linear.k * size + 64);
+    bytes_.need(size_t(num_rows) * linear.k * left_size(linear.kind) + 64);
     scale_.need(size_t(num_rows) * groups(linear) + 16);
     start_.need(size_t(num_rows) * groups(linear) + 16);
   }
@@ -470,13 +538,13 @@ class Left {  // rows of floats in the form that a product takes; each product f
     const int k = linear.k, num_groups = groups(linear);
     const size_t at = size_t(row) * k;
     if (linear.kind == F32) memcpy(reinterpret_cast<float *>(bytes_.get()) + at, x, size_t(k) * 4);
-    if (linear.kind == BF16) {
+    if (takes_bf16(linear.kind)) {
       uint16_t *out = reinterpret_cast<uint16_t *>(bytes_.get()) + at;
       int i = 0;
       for (; i + 16 <= k; i += 16) _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
       for (; i < k; ++i) out[i] = to_bf16(x[i]);
     }
-    if (linear.kind == INT8 || linear.kind == INT4) {
+    if (takes_int8(linear.kind)) {
       int8_t *out = reinterpret_cast<int8_t *>(bytes_.get()) + at;
       for (int g = 0; g < num_groups; ++g) {
         const size_t slot = size_t(row) * num_groups + g;
@@ -487,7 +555,7 @@ class Left {  // rows of floats in the form that a product takes; each product f
   Operand operand(const Linear &linear) const { return {bytes_.get(), linear.k, scale_.get(), start_.get(), groups(linear)}; }
 
  private:
-  static int groups(const Linear &linear) { return linear.kind == INT8 || linear.kind == INT4 ? linear.k / linear.group : 0; }
+  static int groups(const Linear &linear) { return takes_int8(linear.kind) ? linear.k / linear.group : 0; }
   Buffer<char> bytes_;
   Buffer<float> scale_;
   Buffer<int32_t> start_;

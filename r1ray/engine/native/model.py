@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from r1ray.engine.backend import BLOCK_SIZE, Immediate, Piece
+from r1ray.engine.config import Precision
 from r1ray.engine.memory import CacheWish, Room, room_on
 from r1ray.engine.native import build, structs
 from r1ray.engine.native.lora import LoraTable, read_adapter
 from r1ray.engine.native.prefix import write_blocks
-from r1ray.engine.native.weights import KINDS, PANEL, Packed, Precision, interleave, pack
+from r1ray.engine.native.weights import KINDS, PANEL, Packed, interleave, pack
 from r1ray.model.checkpoint import Tensors
 from r1ray.model.soft import SoftPrompt
 
@@ -89,7 +90,7 @@ def refusal(config: PretrainedConfig, precision: Precision) -> str | None:
 
 
 def kv_bytes_per_token(shape: Shape, precision: Precision, num_layers: int | None = None) -> int:
-    """Room that one position takes in the cache; int8 models keep bfloat16 keys and values."""
+    """Room that one position takes in the cache; quantised models keep bfloat16 keys and values."""
     width = 4 if precision == "float32" else 2
     return 2 * shape.kv_heads * shape.head_dim * width * (num_layers or shape.num_layers)
 

@@ -8,21 +8,20 @@ Shapes: N outputs, K inputs of a matrix (N, K); G groups of 32 inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from r1ray.engine.config import Precision
 from r1ray.engine.native import structs
 from r1ray.errors import UnsupportedModel
 
-__all__ = ["KINDS", "PANEL", "Packed", "Precision", "interleave", "pack"]
+__all__ = ["KINDS", "PANEL", "Packed", "interleave", "pack"]
 
-Precision = Literal["float32", "bfloat16", "int8", "int4"]
-KINDS: dict[Precision, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+KINDS: dict[Precision, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "int8_weight_only": 4}
 PANEL = 32
 HALF = PANEL // 2
-DEPTH: dict[Precision, int] = {"float32": 1, "bfloat16": 2, "int8": 4, "int4": 4}  # inputs that lie together for one output
+DEPTH: dict[Precision, int] = {"float32": 1, "bfloat16": 2, "int8_weight_only": 2, "int8": 4, "int4": 4}  # inputs that lie together
 GROUPS = (64, 32)  # activations that share an int8 scale
 NIBBLES = 32  # int4 weights, and the activations they meet, that share a scale
 CODES = 15  # the largest int4 code
@@ -67,10 +66,11 @@ def pack(weight_NK: Tensor, precision: Precision, bias_N: Tensor | None = None) 
         rows_NK = _pad_rows(weight_NK[first : first + ROWS_AT_ONCE].detach())
         if precision == "int4":
             panels = _nibbles(rows_NK.float())
-        elif precision == "int8":
-            rows_NK = rows_NK.float()
-            scales.append(scale_N := rows_NK.abs().amax(dim=1).clamp(min=1e-12) / 127)
-            panels = _panels(rows_NK.div(scale_N[:, None]).round_().clamp_(-127, 127).add_(OFFSET).to(torch.uint8), DEPTH[precision])
+        elif precision in ("int8", "int8_weight_only"):
+            codes_NK, scale_N = _codes(rows_NK.float())
+            scales.append(scale_N)
+            stored_NK = codes_NK.add_(OFFSET).to(torch.uint8) if precision == "int8" else codes_NK.to(torch.int8)
+            panels = _panels(stored_NK, DEPTH[precision])
         else:
             panels = _panels(rows_NK.to(getattr(torch, precision)), DEPTH[precision])
         if weight is None:
@@ -79,6 +79,12 @@ def pack(weight_NK: Tensor, precision: Precision, bias_N: Tensor | None = None) 
     assert weight is not None, "a matrix has rows"
     bias = None if bias_N is None else _pad_rows(bias_N.detach().float()[:, None])[:, 0].contiguous()
     return Packed(n, k, precision, group, weight, torch.cat(scales) if scales else None, bias)
+
+
+def _codes(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers up to 127 (N, K), and what one is worth in each output (N)."""
+    scale_N = weight_NK.abs().amax(dim=1).clamp(min=1e-12) / 127
+    return weight_NK.div(scale_N[:, None]).round_().clamp_(-127, 127), scale_N
 
 
 def _nibbles(weight_NK: Tensor) -> Tensor:
@@ -114,7 +120,7 @@ def _pad_rows(tensor: Tensor, multiple: int = PANEL) -> Tensor:
 
 def _group(k: int, precision: Precision) -> int:
     """Activations that share a scale; 0 where they are no integers."""
-    if precision in ("float32", "bfloat16"):
+    if precision not in ("int8", "int4"):
         return 0
     for group in (NIBBLES,) if precision == "int4" else GROUPS:
         if k % group == 0:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import random
+from typing import get_args
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from r1ray.engine.backend import Piece
+from r1ray.engine.config import Precision
 from r1ray.engine.native import build, structs, weights
 from r1ray.engine.native.model import NativeModel, NativeOptions, Shape, kv_bytes_per_token, refusal
 from r1ray.engine.native.weights import interleave, pack
@@ -105,7 +107,7 @@ def test_variants_of_the_family_equal_transformers(changes):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("precision", "error"), [("bfloat16", 0.02), ("int8", 0.04), ("int4", 0.4)])
+@pytest.mark.parametrize(("precision", "error"), [("bfloat16", 0.02), ("int8_weight_only", 0.03), ("int8", 0.04), ("int4", 0.4)])
 def test_rounded_weights_stay_near(precision, error):
     """Relative to the spread of the logits; int8 rounds weights and activations of a model that has no redundancy at all."""
     model, ids = model_of(hidden_size=192), [random.Random(3).randrange(333) for _ in range(90)]
@@ -116,7 +118,7 @@ def test_rounded_weights_stay_near(precision, error):
 
 
 @needs_kernels
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("precision", get_args(Precision))
 def test_a_sequence_has_the_same_logits_in_any_company(precision):
     """To the last bit: what shares the pass decides no rounding."""
     native, rng = native_of(model_of(), precision), random.Random(4)
@@ -148,12 +150,14 @@ def test_a_checkpoint_is_read_from_its_shards(tiny_llama):
     torch.testing.assert_close(native.forward([Piece(ids=[5, 6, 7], start=0, table=[0], num_logits=1)]), right, rtol=1e-4, atol=1e-4)
 
 
-def test_packed_int8_weights_are_the_rounded_ones():
+@pytest.mark.parametrize(("precision", "offset", "group"), [("int8", 128, 64), ("int8_weight_only", 0, 0)])
+def test_packed_int8_weights_are_the_rounded_ones(precision, offset, group):
     weight = torch.randn(40, 64)
-    packed = pack(weight, "int8")
-    rows = packed.weight.transpose(1, 2).reshape(64, 64)[:40].float() - 128
+    packed = pack(weight, precision)
+    rows = packed.weight.transpose(1, 2).reshape(64, 64)[:40].float() - offset
     torch.testing.assert_close(rows * packed.scale[:40, None], weight, rtol=0, atol=float(weight.abs().max()) / 254 + 1e-6)
-    assert packed.group == 64
+    assert packed.group == group
+    assert packed.weight.element_size() == 1
 
 
 def test_packed_int4_weights_are_within_half_a_step():
@@ -186,9 +190,41 @@ def test_int4_computes_with_the_weights_that_it_holds():
     assert float((got - right).norm() / right.norm()) < 0.04
 
 
+def rounded_to_int8(model):
+    """The matrices become those that int8 weight-only holds: whole numbers times a scale per output."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("_proj.weight", "lm_head.weight")):
+                scale = parameter.abs().amax(dim=1, keepdim=True) / 127
+                parameter.copy_((parameter / scale).round() * scale)
+    return model
+
+
+@needs_kernels
+def test_int8_weight_only_rounds_nothing_but_activations_to_bfloat16():
+    """Against float32 on the weights that it holds it errs as bfloat16 errs on weights that bfloat16 holds, and chooses as float32 does."""
+    ids = [random.Random(3).randrange(333) for _ in range(90)]
+    every = [Piece(ids=ids, start=0, table=[0, 1, 2], num_logits=90)]
+    held = rounded_to_int8(model_of(hidden_size=192))
+    exact = model_of(hidden_size=192).bfloat16().float()
+    errors = {}
+    for precision, model in (("int8_weight_only", held), ("bfloat16", exact)):
+        with torch.no_grad():
+            right = model(torch.tensor([ids])).logits[0]
+        got = native_of(model, precision).forward(every)
+        errors[precision] = float((got - right).norm() / right.norm())
+        assert (got.argmax(dim=-1) == right.argmax(dim=-1)).float().mean() > 0.95
+    assert errors["int8_weight_only"] < min(0.02, 1.5 * errors["bfloat16"])
+
+
+def test_int8_weight_only_reads_half_of_what_bfloat16_reads():
+    weight = torch.randn(100, 64)
+    assert pack(weight, "int8_weight_only").num_bytes == pack(weight, "bfloat16").num_bytes // 2 + 4 * 128  # a scale per padded output
+
+
 def test_a_matrix_is_packed_the_same_in_parts(monkeypatch):
     weight = torch.randn(100, 64)
-    for precision in ("float32", "bfloat16", "int8", "int4"):
+    for precision in get_args(Precision):
         whole = pack(weight, precision)
         with monkeypatch.context() as patch:
             patch.setattr(weights, "ROWS_AT_ONCE", 32)
