@@ -1,6 +1,6 @@
 """Speed and memory of the in-house engine against its peers, all in one run.
 
-    scripts/bench engine [--ours-only | --onnx-only] [--json FILE] [--repeats N]
+    scripts/bench engine [--ours-only | --onnx-only | --profile-only] [--precisions bfloat16 int8 ...] [--json FILE] [--repeats N]
 
 Prompts of exactly 128 tokens submitted together, 64 new tokens each, greedy, end of turn ignored, on the bundled model; tokens_per_s
 counts new tokens over wall time, prefill included; ttft_ms is the time of the same prompts with one new token. A second workload: 1024
@@ -12,6 +12,7 @@ time downloads some 4 GB). Timings are of the machine named in the first line; o
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import platform
@@ -20,12 +21,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -33,17 +34,18 @@ from rich.table import Table
 PEERS = Path(__file__).with_name("peers")
 sys.path.insert(0, str(PEERS))
 
+from engine_profile import profiles, requests  # noqa: E402
 from workload import CONCURRENCIES, NUM_NEW, prompts  # noqa: E402
 
-from r1ray.engine.config import EngineConfig  # noqa: E402
-from r1ray.engine.protocol import Engine, GenerationRequest  # noqa: E402
+from r1ray.engine.config import EngineConfig, Precision  # noqa: E402
+from r1ray.engine.protocol import Engine  # noqa: E402
 from r1ray.registry import Registry  # noqa: E402
 from r1ray.settings import Settings  # noqa: E402
-from r1ray.types import Artifact, Sampling  # noqa: E402
+from r1ray.types import Artifact  # noqa: E402
 
 PEER_TIMEOUT_S = 1200
 OURS = ("bfloat16", "int8", "int4")
-PRODUCTS = ("qkv", "output", "gate_up", "down", "head")
+SHORT = {"bfloat16": "bf16", "int8_weight_only": "int8 weight-only"}
 console = Console()
 
 
@@ -70,15 +72,6 @@ def machine() -> str:
     return f"{os.cpu_count()} x {cpu}, {platform.system()}, {versions}, load {os.getloadavg()[0]:.1f}"
 
 
-def requests(prompt_ids: Iterable[Iterable[int]], num_new: int) -> list[GenerationRequest]:
-    sampling = Sampling(temperature=0, max_tokens=num_new)
-    stamp = time.monotonic_ns()
-    return [
-        GenerationRequest(id=f"{stamp}-{number}", prompt_ids=tuple(ids), sampling=sampling, ignore_eos=True)
-        for number, ids in enumerate(prompt_ids)
-    ]
-
-
 def timed(engine: Engine, concurrency: int, repeats: int) -> tuple[float, float]:
     """(tokens per second, seconds to the first token), the best of the repeats, after a warm-up."""
     from r1ray.engine.offline import generate_all
@@ -100,7 +93,7 @@ def ours(artifact: Artifact, precision: str, concurrency: int, repeats: int) -> 
     config = EngineConfig(num_slots=concurrency, max_context=512, dtype=precision, prefill_chunk=1024)  # type: ignore[arg-type]
     engine = create_engine(artifact, config, Registry())
     rate, ttft_s = timed(engine, concurrency, repeats)
-    return Row("r1ray", {"bfloat16": "bf16"}.get(precision, precision), concurrency, rate, 1000 * ttft_s, peak_mb())
+    return Row("r1ray", SHORT.get(precision, precision), concurrency, rate, 1000 * ttft_s, peak_mb())
 
 
 def ours_on_onnx(exported: Path, precision: str, concurrency: int, repeats: int) -> Row:
@@ -154,80 +147,13 @@ def shared_prefix(artifact: Artifact, precision: str) -> dict[str, float]:
             begin = time.perf_counter()
             generate_all(engine, requests([[*prefix, *range(tail, tail + 32)]], 1))
             times.append(1000 * (time.perf_counter() - begin))
+    asyncio.run(engine.stop())
     return {"miss_ms": min(misses), "hit_ms": min(hits), "start_s": start_s}
 
 
-def pass_profile(artifact: Artifact, precision: str, num_streams: int, num_prompt: int) -> dict[str, float]:
-    """Milliseconds of one pass, its parts, and those that are products of matrices: what is left when all else costs nothing.
-
-    A decode step of `num_streams` at 256 positions, or, where `num_prompt` is not 0, so many prompt tokens of each.
-    """
-    from r1ray.engine.backend import Piece
-    from r1ray.engine.create import create_engine
-
-    engine: Any = create_engine(artifact, EngineConfig(num_slots=num_streams, max_context=512, dtype=precision), Registry())  # type: ignore[arg-type]
-    backend, tables = engine.backend, [list(range(9 * s, 9 * s + 9)) for s in range(num_streams)]
-    if num_prompt:
-        pieces = [Piece(ids=list(range(num_prompt)), start=0, table=table, num_logits=1) for table in tables]
-    else:
-        backend.forward([Piece(ids=list(range(256)), start=0, table=table, num_logits=0) for table in tables])
-        pieces = [Piece(ids=[7], start=256, table=table, num_logits=1) for table in tables]
-    backend.profile()  # forgets what was
-    times = []
-    for _ in range(5 if num_prompt else 20):
-        begin = time.perf_counter()
-        backend.forward(pieces)
-        times.append(time.perf_counter() - begin)
-    best, shares = min(times), backend.profile()
-    parts = {part: 1000 * best * share for part, share in shares.items()}
-    return {"pass": 1000 * best, "products": sum(parts[part] for part in PRODUCTS), **parts}
-
-
-def step_profile(artifact: Artifact, precision: str, num_streams: int) -> dict[str, float]:
-    """Milliseconds of a running engine's decode steps (the median of each part): what it spends around the backend's pass.
-
-    plan: the scheduler. draw: the sampler. book: tokens to streams and chunks to mailboxes. between: from one step to the next, the
-    event loop that takes the chunks included, since one interpreter runs both.
-    """
-    from statistics import median
-
-    from r1ray.engine import batching
-    from r1ray.engine.create import create_engine
-    from r1ray.engine.offline import generate_all
-
-    engine: Any = create_engine(artifact, EngineConfig(num_slots=num_streams, max_context=512, dtype=precision), Registry())  # type: ignore[arg-type]
-    spent: dict[str, float] = {}
-    steps: list[dict[str, float]] = []
-
-    def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*arguments: Any) -> Any:
-            begin = time.perf_counter()
-            try:
-                return call(*arguments)
-            finally:
-                spent[part] = spent.get(part, 0.0) + time.perf_counter() - begin
-
-        return wrapper
-
-    def step(call: Callable[[], None] = engine._step) -> None:
-        num_before, begin = engine._counts["generated"], time.perf_counter()
-        previous = spent.pop("end", begin)
-        spent.clear()
-        call()
-        end = time.perf_counter()
-        if engine._counts["generated"] - num_before == num_streams:
-            known = sum(spent.values())
-            steps.append({"step": end - previous, **spent, "book": end - begin - known, "between": begin - previous})
-        spent["end"] = end
-
-    scheduler = engine._scheduler
-    scheduler.plan, scheduler.computed = timed("plan", scheduler.plan), timed("plan", scheduler.computed)
-    engine.backend.submit = timed("pass", engine.backend.submit)
-    batching.sample = timed("draw", batching.sample)
-    engine._step = step
-    generate_all(engine, requests(prompts(num_streams, 0), NUM_NEW))
-    decoding = steps[len(steps) // 4 :]  # the first may have prompts beside them
-    return {part: 1000 * median(step[part] for step in decoding) for part in ("step", "pass", "plan", "draw", "book", "between")}
+def beside(artifact: Artifact, precision: str) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """What is no row of the table: the shared prefix, first because it times a start-up, then the profiles."""
+    return shared_prefix(artifact, precision), profiles(artifact, precision)
 
 
 def in_own_environment(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -311,20 +237,17 @@ def show(rows: list[Row]) -> None:
     console.print(table)
 
 
-def profile(artifact: Artifact) -> dict[str, dict[str, float]]:
-    """Where a step's time goes, in milliseconds."""
-    found: dict[str, dict[str, float]] = {}
-
-    def take(name: str, measure: Callable[..., dict[str, float]], *arguments: Any) -> None:
-        found[name] = parts = alone(measure, artifact, *arguments)
+def show_profiles(found: dict[str, dict[str, float]]) -> None:
+    for name, parts in found.items():
         console.print(f"{name}: " + ", ".join(f"{part} {ms:.2f}" for part, ms in parts.items()) + " ms", style="dim", soft_wrap=True)
 
-    for precision in OURS:
-        for num_streams in (32, 1):
-            take(f"{precision}, decode x{num_streams}", pass_profile, precision, num_streams, 0)
-            take(f"{precision}, engine x{num_streams}", step_profile, precision, num_streams)
-        take(f"{precision}, prefill 4 x 128", pass_profile, precision, 4, 128)
-    return found
+
+def show_prefix(precision: str, times: dict[str, float]) -> None:
+    ratio = times["hit_ms"] / times["miss_ms"]
+    console.print(
+        f"{precision}: start-up {times['start_s']:.1f} s; first token after 1024 shared tokens: {times['miss_ms']:.0f} ms new, "
+        f"{times['hit_ms']:.0f} ms cached ({ratio:.2f}x)"
+    )
 
 
 def save(file: Path | None, rows: list[Row], **more: object) -> None:
@@ -338,6 +261,7 @@ def main() -> None:
     parser.add_argument("--ours-only", action="store_true", help="leave the peers out")
     parser.add_argument("--onnx-only", action="store_true", help="only ONNX Runtime: under our engine and under its own")
     parser.add_argument("--profile-only", action="store_true", help="only where the time of our steps goes")
+    parser.add_argument("--precisions", nargs="+", choices=get_args(Precision), default=OURS, metavar="P", help="of ours, in this order")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
     parser.add_argument("--repeats", type=int, default=2, help="measurements per row after the warm-up; the fastest counts")
     arguments = parser.parse_args()
@@ -346,7 +270,8 @@ def main() -> None:
     artifact = import_model("smollm2", registry=Registry())
     console.print(machine())
     if arguments.profile_only:
-        profile(artifact)
+        for precision in arguments.precisions:
+            show_profiles(alone(profiles, artifact, precision))
         return
     if arguments.onnx_only:
         rows = onnx_rows(artifact, arguments.repeats)
@@ -355,7 +280,8 @@ def main() -> None:
         return
     rows = []
     for concurrency in CONCURRENCIES:
-        kinds = [*((ours, precision) for precision in OURS), *([] if arguments.ours_only else [(transformers_generate, "bfloat16")])]
+        kinds = [(ours, precision) for precision in arguments.precisions]
+        kinds += [] if arguments.ours_only else [(transformers_generate, "bfloat16")]
         for measure, precision in kinds:
             rows.append(alone(measure, artifact, precision, concurrency, arguments.repeats))
             console.print(
@@ -364,14 +290,13 @@ def main() -> None:
     if not arguments.ours_only:
         rows += onnx_rows(artifact, arguments.repeats) + peers(artifact, arguments.repeats)
     show(rows)
-    prefix = {precision: alone(shared_prefix, artifact, precision) for precision in OURS}
-    for precision, times in prefix.items():
-        ratio = times["hit_ms"] / times["miss_ms"]
-        console.print(
-            f"{precision}: start-up {times['start_s']:.1f} s; first token after 1024 shared tokens: {times['miss_ms']:.0f} ms new, "
-            f"{times['hit_ms']:.0f} ms cached ({ratio:.2f}x)"
-        )
-    save(arguments.json, rows, prefix=prefix, profiles=profile(artifact))
+    found = {precision: alone(beside, artifact, precision) for precision in arguments.precisions}
+    for precision, (times, _) in found.items():
+        show_prefix(precision, times)
+    for _, parts in found.values():
+        show_profiles(parts)
+    prefixes = {precision: times for precision, (times, _) in found.items()}
+    save(arguments.json, rows, prefix=prefixes, profiles={name: each for _, parts in found.values() for name, each in parts.items()})
 
 
 if __name__ == "__main__":

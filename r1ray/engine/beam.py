@@ -8,6 +8,7 @@ with `early_stopping=False`. Knows no backend and no scheduler.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -90,9 +91,12 @@ async def search_beams(
         As the streams do.
     """
     check_beams(request)
-    start = Candidate(parent=0, tokens=(), score=0.0)
-    beams = [_Beam(submit(_part(request, ranking, start, 0), room=ranking.num_beams), start)]
-    num_streams, first = 1, beams[0].stream
+    numbers = itertools.count()
+
+    def begin(so_far: Candidate, room: int) -> _Beam:
+        return _Beam(submit(_part(request, ranking, so_far, next(numbers)), room=room), so_far)
+
+    beams = [first := begin(Candidate(parent=0, tokens=(), score=0.0), ranking.num_beams)]
     try:
         while beams:
             drawn = []
@@ -103,22 +107,16 @@ async def search_beams(
                     return
                 drawn.append(chunk.logprobs[0])
             going = ranking.step([one for number, beam in enumerate(beams) for one in _continuations(number, beam.so_far, drawn[number])])
-            kept: dict[int, Candidate] = {}
-            for candidate in going:
-                if candidate.tokens[-1] == drawn[candidate.parent].token:
-                    kept[candidate.parent] = candidate
-            after = []
-            for candidate in going:
-                if kept.get(candidate.parent) is candidate:
-                    after.append(_Beam(beams[candidate.parent].stream, candidate))
-                else:
-                    after.append(_Beam(submit(_part(request, ranking, candidate, num_streams), room=0), candidate))
-                    num_streams += 1
+            kept = _kept(going, drawn)
+            after = [
+                _Beam(beams[one.parent].stream, one) if kept.get(one.parent) is one else begin(one, 0)  # behind its parent's blocks
+                for one in going
+            ]
             for number, beam in enumerate(beams):
                 if number not in kept:
                     abandon(beam.stream)
             beams = after
-        yield _answer(request, ranking, first)
+        yield _answer(request, ranking, first.stream)
     finally:
         for beam in beams:
             abandon(beam.stream)
@@ -129,6 +127,11 @@ async def _next(stream: Stream) -> TokenChunk:
     if isinstance(item, Exception):
         raise item
     return item
+
+
+def _kept(going: Sequence[Candidate], drawn: Sequence[TokenLogprobs]) -> dict[int, Candidate]:
+    """By beam, the candidate that goes on in that beam's own stream: the one with the token that the stream drew."""
+    return {one.parent: one for one in going if one.tokens[-1] == drawn[one.parent].token}
 
 
 def _continuations(parent: int, so_far: Candidate, drawn: TokenLogprobs) -> list[Candidate]:

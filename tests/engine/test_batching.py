@@ -52,7 +52,7 @@ def test_greedy_tokens_equal_transformers_generate_in_any_company(placed, refere
 
 
 def all_have_come(engine, num=3):
-    while len(engine._open) < num:
+    while engine._register.num_open < num:
         time.sleep(0.0005)
 
 
@@ -618,7 +618,7 @@ def test_a_latency_objective_lets_more_in_where_two_passes_are_under_way(tiny_ll
         await engine.start()
         asked = [tokens(engine, wanted(str(i), (5, i + 20), max_tokens=60)) for i in range(9)]
         got = await asyncio.gather(*asked)
-        limit = engine._scheduler.limit
+        limit = engine._core.scheduler.limit
         await engine.stop()
         return limit, {len(each) for each in got}
 

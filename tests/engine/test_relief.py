@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.engine.conftest import lively, prompts, tokens, wanted
 
 from r1ray.engine import relief
 from r1ray.engine.backend import Piece
@@ -16,7 +17,6 @@ from r1ray.engine.batching import BatchingEngine
 from r1ray.engine.config import EngineConfig
 from r1ray.engine.paged import TransformersBackend
 from r1ray.errors import GenerationFailed
-from tests.engine.conftest import lively, prompts, tokens, wanted
 
 PROMPTS = [tuple(range(30 + i, 90 + 3 * i)) for i in range(4)]
 
@@ -90,4 +90,4 @@ def test_larger_passes_are_tried_again_when_many_have_fitted(tiny_llama: Path, m
     backend = Scarce(lively(tiny_llama), lambda _: next(calls, False))
     _, engine = asyncio.run(answers(backend, [wanted(str(i), prompt, max_tokens=40) for i, prompt in enumerate(PROMPTS)]))
     assert len(backend.refused) == 3
-    assert (engine._scheduler.most_tokens, engine._scheduler.most_streams) == (256, 4)
+    assert (engine._core.scheduler.most_tokens, engine._core.scheduler.most_streams) == (256, 4)
