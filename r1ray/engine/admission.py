@@ -35,8 +35,9 @@ def check_prompt(request: GenerationRequest, *, context_length: int, vocab_size:
         biased = [token for token, _ in request.logit_bias]
         for what, ids in (("holds", request.prompt_ids), ("has a logit_bias for", biased), ("stops at", request.stop_token_ids)):
             _check_ids(request.id, what, ids, vocab_size)
-        if not 0 <= (request.num_logprobs or 0) <= vocab_size:
-            raise InvalidRequest(f"Request {request.id} asks for {request.num_logprobs} logprobs; give 0 to {vocab_size}.")
+        for num in (request.num_logprobs or 0, request.num_prompt_logprobs):
+            if not 0 <= num <= vocab_size:
+                raise InvalidRequest(f"Request {request.id} asks for {num} logprobs; give 0 to {vocab_size}.")
 
 
 def check_beams(request: GenerationRequest) -> None:

@@ -37,12 +37,14 @@ def scored(logits: Tensor, plan: Sequence[Segment]) -> Tensor:
         if not stream.is_scored:
             following = stream.request.prompt_ids[segment.start + 1 : segment.start + 1 + segment.num]
             known = len(stream.prompt_logprobs) - segment.start  # more than nothing after a preemption
-            stream.prompt_logprobs += prompt_logprobs(rows[: len(following)], following)[known:]
+            of_prompt, likeliest = prompt_logprobs(rows[: len(following)], following, stream.request.num_prompt_logprobs)
+            stream.prompt_logprobs += of_prompt[known:]
+            stream.prompt_top += likeliest[known:]
     return logits[last_rows]
 
 
 def chunk_of(stream: Stream, reason: FinishReason | None, drawn: Drawn | None = None) -> TokenChunk:
-    request = stream.request
+    request, is_first = stream.request, len(stream.generated) == 1
     return TokenChunk(
         request_id=request.id,
         token_ids=() if drawn is None else (drawn.token,),
@@ -50,7 +52,8 @@ def chunk_of(stream: Stream, reason: FinishReason | None, drawn: Drawn | None = 
         num_prompt_tokens=len(request.prompt_ids),
         num_cached_tokens=stream.num_cached,
         logprobs=() if drawn is None or drawn.logprobs is None else (drawn.logprobs,),
-        prompt_logprobs=tuple(stream.prompt_logprobs) if len(stream.generated) == 1 else (),
+        prompt_logprobs=tuple(stream.prompt_logprobs) if is_first else (),
+        prompt_top=tuple(stream.prompt_top) if is_first else (),
     )
 
 

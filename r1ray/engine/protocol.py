@@ -32,7 +32,8 @@ class GenerationRequest:
     both from being drawn before that many tokens. `keep_stop` gives the stop token that was drawn as the answer's last, for those who
     train on it (capability `keep_stop`). A lower `priority` starts sooner; equal ones start in order of arrival.
     `logit_bias` is added to the logits of its token ids. `num_logprobs` asks for those of each token and of so many likeliest ones.
-    `prompt_logprobs` asks for that of each prompt token but the first; such a prompt is computed whole, cached or not.
+    `prompt_logprobs` asks for that of each prompt token but the first, and of the `num_prompt_logprobs` likeliest in its place; such a
+    prompt is computed whole, cached or not.
     Only requests with the same `cache_salt` (a tenant's, say) share computed prefixes.
     `num_beams` above 1 searches for the likeliest answer instead of drawing one (capability `beam_search`): it comes as one chunk at the
     end, and the sum of its log-probabilities, divided by its length to the power of `length_penalty`, is the highest that was found.
@@ -51,6 +52,7 @@ class GenerationRequest:
     logit_bias: tuple[tuple[int, float], ...] = ()
     num_logprobs: int | None = None
     prompt_logprobs: bool = False
+    num_prompt_logprobs: int = 0
     cache_salt: str = ""
     mask: Mask | None = None
     num_beams: int = 1
@@ -74,7 +76,8 @@ class TokenLogprobs:
 class TokenChunk:
     """Tokens drawn since the last chunk. The last chunk of a stream, and no other, has a finish_reason; its token_ids may be empty.
 
-    `prompt_logprobs` come with the first tokens: entry i is that of prompt token i + 1 after those before it.
+    `prompt_logprobs` come with the first tokens: entry i is that of prompt token i + 1 after those before it,
+    `prompt_top` (empty unless asked for) the likeliest in its place, as in TokenLogprobs.
     The token that ended an answer (`stop`) is not among the ids, so that they decode to the answer and nothing else; see `keep_stop`.
     """
 
@@ -85,6 +88,7 @@ class TokenChunk:
     num_cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[float, ...] = ()
+    prompt_top: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 SCORED_ROWS = 128
 NUM_CANDIDATES = 256  # sorting these is cheap; a row whose nucleus is larger is sorted whole
+Top = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +107,23 @@ def _logprobs(logits_V: Tensor, token: int, num: int) -> TokenLogprobs:
     return TokenLogprobs(token=token, logprob=float(logprob_V[token]), top=tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
-def prompt_logprobs(logits_NV: Tensor, next_ids: Sequence[int]) -> list[float]:
-    """Of the token that follows each row; a few rows at a time, since a vocabulary of floats per row is large."""
+def prompt_logprobs(logits_NV: Tensor, next_ids: Sequence[int], num_top: int = 0) -> tuple[list[float], list[Top]]:
+    """Of the token that follows each row, and of the `num_top` likeliest in its place (no list for none).
+
+    A few rows at a time, since a vocabulary of floats per row is large.
+    """
     found: list[float] = []
+    likeliest: list[Top] = []
     for first in range(0, len(next_ids), SCORED_ROWS):
         rows_RV = logits_NV[first : first + SCORED_ROWS].float()
         target_R1 = torch.tensor(next_ids[first : first + SCORED_ROWS], device=rows_RV.device)[:, None]
-        found += (rows_RV.gather(1, target_R1)[:, 0] - rows_RV.logsumexp(-1)).tolist()
-    return found
+        total_R1 = rows_RV.logsumexp(-1, keepdim=True)
+        found += (rows_RV.gather(1, target_R1) - total_R1)[:, 0].tolist()
+        if num_top:
+            values_RT, ids_RT = rows_RV.topk(num_top)
+            pairs = zip(ids_RT.tolist(), (values_RT - total_R1).tolist(), strict=True)
+            likeliest += [tuple(zip(ids, values, strict=True)) for ids, values in pairs]
+    return found, likeliest
 
 
 def _is_plain_greedy(stream: Stream) -> bool:

@@ -45,6 +45,7 @@ class Stream:
     rng: random.Random = field(default_factory=random.Random)
     penalties: Any = None
     prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     arrival: int = 0

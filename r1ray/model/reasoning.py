@@ -45,6 +45,11 @@ class ReasoningParser:
         """Whether the next token belongs to the reasoning, as far as can be said."""
         return self._state == "reasoning" or (self._state == "start" and self._prefilled)
 
+    @property
+    def num_held(self) -> int:
+        """Characters that were fed and are neither given nor dropped yet."""
+        return len(self._held)
+
     def feed(self, text: str) -> list[Piece]:
         """The pieces that are certain after `text`; a possible beginning of a tag and trailing white space are held back."""
         self._held += text

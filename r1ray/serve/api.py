@@ -51,7 +51,12 @@ def _add_generation_routes(api: FastAPI, service: ChatService) -> None:
         async def answer() -> Response:
             body = _with_task(parse(ChatBody, await request.body()), request)
             live = await service.chat(body, request.state.id)
-            wire = ChatWire(id=f"chatcmpl-{uuid.uuid4().hex}", model=body.model, show_reasoning=body.include_reasoning is not False)
+            wire = ChatWire(
+                id=f"chatcmpl-{uuid.uuid4().hex}",
+                model=body.model,
+                show_reasoning=body.include_reasoning is not False,
+                with_logprobs=body.num_logprobs is not None,
+            )
             return await _reply(Answer(live, wire, grounding=service.grounding, include_usage=body.include_usage), bool(body.stream))
 
         return await _guarded(request, answer)
@@ -61,7 +66,7 @@ def _add_generation_routes(api: FastAPI, service: ChatService) -> None:
         async def answer() -> Response:
             body = _with_task(parse(CompletionBody, await request.body()), request)
             live = await service.complete(body, request.state.id)
-            wire = CompletionWire(id=f"cmpl-{uuid.uuid4().hex}", model=body.model)
+            wire = CompletionWire(id=f"cmpl-{uuid.uuid4().hex}", model=body.model, with_logprobs=body.num_logprobs is not None)
             return await _reply(Answer(live, wire, include_usage=body.include_usage), bool(body.stream))
 
         return await _guarded(request, answer)

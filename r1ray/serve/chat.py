@@ -77,19 +77,19 @@ class ChatService:
         Raises:
             Refused: unknown model, wrong field, prompt too long, queue full, no replica.
         """
-        served = self.find(body.model)
-        body.check_supported()
+        served = self._ready_for(body, 1)
+        shared = self._shared_fields(served, body)
         messages, passages = await self._grounded(served, body)
-        template = TextRequest(id="", messages=messages, **self._shared_fields(served, body))
+        template = TextRequest(id="", messages=messages, **shared)
         return await self._open(served, _choices(template, body.n or 1), request_id, passages=passages, choices_per_prompt=body.n or 1)
 
     async def complete(self, body: CompletionBody, request_id: str) -> Live:
         """Choices are ordered prompt by prompt, as OpenAI does. Raises as `chat`."""
-        served = self.find(body.model)
-        body.check_supported()
-        shared = self._shared_fields(served, body)
+        prompts = body.prompts()
+        served = self._ready_for(body, len(prompts))
+        shared = self._shared_fields(served, body) | {"echo": bool(body.echo), "prompt_only": body.prompt_only}
         requests: list[TextRequest] = []
-        for prompt in body.prompts():
+        for prompt in prompts:
             given: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_ids": prompt}
             requests += _choices(TextRequest(id="", **given, **shared), body.n or 1)
         return await self._open(served, requests, request_id, choices_per_prompt=body.n or 1)
@@ -127,6 +127,15 @@ class ChatService:
             raise model_not_found(str(model), list(self.models))
         return self.models[model]
 
+    def _ready_for(self, body: ChatBody | CompletionBody, num_prompts: int) -> Served:
+        """The model that the body asks for; looked at before anything is made for each of its choices."""
+        served = self.find(body.model)
+        body.check_supported()
+        num, limit = num_prompts * (body.n or 1), self.args.router.max_choices
+        if num > limit:
+            raise bad_request(f"The request asks for {num} choices; the limit is {limit}. Ask for fewer.", param="n")
+        return served
+
     def _shared_fields(self, served: Served, body: ChatBody | CompletionBody) -> dict[str, Any]:
         """What chats and completions say alike; a request's own time can only be shorter than the service's."""
         times = [seconds for seconds in (body.timeout, self.args.router.request_timeout_s) if seconds is not None]
@@ -141,6 +150,7 @@ class ChatService:
             "priority": body.priority or 0,
             "cache_salt": body.cache_salt or "",
             "adapter": served.adapter,
+            "num_logprobs": body.num_logprobs,
         }
 
     async def _grounded(self, served: Served, body: ChatBody) -> tuple[tuple[Message, ...], tuple[Passage, ...]]:
@@ -158,9 +168,6 @@ class ChatService:
         passages: tuple[Passage, ...] = (),
         choices_per_prompt: int,
     ) -> Live:
-        limit = self.args.router.max_choices
-        if len(requests) > limit:
-            raise bad_request(f"The request asks for {len(requests)} choices; the limit is {limit}. Ask for fewer.", param="n")
         model = served.card.id
         streams = [self._meter.watch(served.backend.stream(request), request_id=request_id, model=model) for request in requests]
         try:
@@ -190,10 +197,15 @@ def _choices(template: TextRequest, num: int) -> list[TextRequest]:
         replace(
             template,
             id=uuid.uuid4().hex,
-            overrides=template.overrides if seed is None else {**template.overrides, "seed": seed + index},
+            overrides=template.overrides if seed is None else {**template.overrides, "seed": _wrapped(seed + index)},
         )
         for index in range(num)
     ]
+
+
+def _wrapped(seed: int) -> int:
+    """Within 64 bits, as engines want it."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 async def _resumed(first: Event, rest: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from r1ray.errors import InvalidRequest
+from r1ray.serve.protocol import Piece
+from r1ray.serve.spelling import Spelling
 from r1ray.types import Artifact, Message
 
 __all__ = ["Codec", "TokenizerCodec"]
@@ -15,7 +18,11 @@ class Codec(Protocol):
     """What a host needs of a tokenizer."""
 
     def render(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt of a chat: template applied, generation prompt added."""
+        """The prompt of a chat: template applied, generation prompt added.
+
+        Raises:
+            InvalidRequest: the template refuses such messages.
+        """
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -24,6 +31,10 @@ class Codec(Protocol):
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens; half a character decodes to U+FFFD."""
+        ...
+
+    def piece(self, token_id: int) -> Piece:
+        """What one token spells, special tokens included."""
         ...
 
     def thinking(self, prompt_ids: Sequence[int]) -> bool:
@@ -43,17 +54,28 @@ class TokenizerCodec:
 
         template.check_override(artifact, None if chat_template is None else chat_template.read_text(encoding="utf-8"))
         self._tokenizer: Any = load.load_tokenizer(artifact)
+        self._spelling: Spelling | None = None
 
     def render(self, messages: Sequence[Message]) -> list[int]:
+        from jinja2 import TemplateError
+
         from r1ray.model import template
 
-        return template.prompt_ids(self._tokenizer, messages)
+        try:
+            return template.prompt_ids(self._tokenizer, messages)
+        except TemplateError as error:  # as those that want user and assistant to take turns
+            raise InvalidRequest(f"The chat template of this model refuses the messages: {error}. Send them as it wants them.") from error
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def piece(self, token_id: int) -> Piece:
+        if self._spelling is None:
+            self._spelling = Spelling(self._tokenizer)
+        return self._spelling.piece(token_id)
 
     def thinking(self, prompt_ids: Sequence[int]) -> bool:
         tail = self._tokenizer.decode(prompt_ids[-8:], skip_special_tokens=False, clean_up_tokenization_spaces=False)

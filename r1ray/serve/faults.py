@@ -68,7 +68,7 @@ def bad_request(message: str, param: str | None = None, code: str = "invalid_val
 
 def model_not_found(model: str, known: list[str]) -> Refused:
     """The 404 of an unknown model."""
-    text = f"The model {model!r} is not served here. Served: {', '.join(known)}."
+    text = f"The model {model[:200]!r} is not served here. Served: {', '.join(known)}."
     return Refused(Fault(status=404, code="model_not_found", type=INVALID, message=text, param="model"))
 
 

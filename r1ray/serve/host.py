@@ -11,13 +11,13 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from r1ray.engine.protocol import Engine, GenerationRequest, TokenChunk
+from r1ray.engine.protocol import Engine, FinishReason, GenerationRequest, TokenChunk
 from r1ray.errors import EngineStopped, UnknownAdapter
 from r1ray.serve.adapters import AdapterShelf, LoadedAdapter, is_used
 from r1ray.serve.batches import coalesced
@@ -25,7 +25,8 @@ from r1ray.serve.codec import Codec, TokenizerCodec
 from r1ray.serve.config import ModelArgs
 from r1ray.serve.faults import bad_request, fault_of
 from r1ray.serve.policy import resolve
-from r1ray.serve.protocol import BackendStats, Done, Event, Fault, TextRequest
+from r1ray.serve.protocol import BackendStats, Delta, Done, Event, Fault, TextRequest
+from r1ray.serve.scored import ScoredAssembler, echoed
 from r1ray.serve.text import TextAssembler
 from r1ray.types import Artifact, Message, Sampling
 
@@ -196,26 +197,32 @@ class ModelHost:
 
     async def _answer(self, live: LoadedVersion, voice: LoadedVersion | LoadedAdapter, request: TextRequest) -> AsyncGenerator[Event, None]:
         """`voice`: whose template, policy and words; the engine's adapter of that version, unless it is the loaded one itself."""
+        _check_scorable(live.engine, request)
         prompt_ids = self._prompt_ids(voice, request)
         sampling = resolve(voice.artifact.policy, request.task, request.overrides)
         sampling = _searching(sampling, request.overrides) if request.num_beams > 1 else sampling
         prefilled = voice.codec.thinking(prompt_ids) if request.messages else None
-        text = TextAssembler(voice.codec.decode, sampling.stop, prefilled=prefilled)
+        echo = "" if not request.echo else voice.codec.decode(prompt_ids) if request.prompt is None else request.prompt
+        text = _assembler(voice.codec, sampling.stop, prefilled, request, offset=len(echo))
         adapter = None if voice is live else voice.artifact.ref
         chunks = live.engine.generate(_generation(request, prompt_ids, sampling, adapter))
         last: TokenChunk | None = None
         async with aclosing(coalesced(chunks, self.args.coalesce_ms / 1000)) as batches:
             async for batch in batches:
+                if request.echo and last is None and batch[0].finish_reason != "abort":
+                    yield echoed(voice.codec, echo, prompt_ids, batch[0], scored=request.num_logprobs is not None)
                 last = batch[-1]
-                yield replace(text.feed(_tokens(batch)), num_prompt_tokens=last.num_prompt_tokens)
+                if request.prompt_only:
+                    break
+                yield replace(_fed(text, batch), num_prompt_tokens=last.num_prompt_tokens)
                 if text.stopped:
                     break
         if not text.stopped:
             yield text.flush()
-        yield self._ending(voice.artifact.ref, text, last)
+        reason = "stop" if text.stopped else "length" if request.prompt_only and last else last.finish_reason if last else None
+        yield self._ending(voice.artifact.ref, text, last, reason)
 
-    def _ending(self, ref: str, text: TextAssembler, last: TokenChunk | None) -> Done | Fault:
-        reason = "stop" if text.stopped else last.finish_reason if last else None
+    def _ending(self, ref: str, text: TextAssembler, last: TokenChunk | None, reason: FinishReason | None) -> Done | Fault:
         if last is None or reason is None or reason == "abort":
             return fault_of(EngineStopped(f"{self.args.id} ended the generation before its end. Send the request again."))
         return Done(
@@ -271,8 +278,27 @@ def _counted(live: LoadedVersion, voice: LoadedVersion | LoadedAdapter) -> Itera
             part.num_streams -= 1
 
 
-def _tokens(batch: list[TokenChunk]) -> list[int]:
-    return [token for chunk in batch for token in chunk.token_ids]
+def _check_scorable(engine: Engine, request: TextRequest) -> None:
+    """Raises Refused (400) for log-probabilities that this engine does not give."""
+    if request.num_logprobs is None:
+        return
+    if "logprobs" not in engine.capabilities:
+        raise bad_request("The engine of this model gives no logprobs; leave logprobs out.", "logprobs", "unsupported_parameter")
+    if request.echo and "prompt_logprobs" not in engine.capabilities:
+        raise bad_request("The engine of this model gives no logprobs of prompts; leave echo out.", "echo", "unsupported_parameter")
+
+
+def _assembler(codec: Codec, stops: Sequence[str], prefilled: bool | None, request: TextRequest, *, offset: int) -> TextAssembler:
+    if request.num_logprobs is None:
+        return TextAssembler(codec.decode, stops, prefilled=prefilled)
+    return ScoredAssembler(codec, stops, prefilled=prefilled, offset=offset)
+
+
+def _fed(text: TextAssembler, batch: list[TokenChunk]) -> Delta:
+    tokens = [token for chunk in batch for token in chunk.token_ids]
+    if isinstance(text, ScoredAssembler):
+        return text.feed_scored(tokens, [entry for chunk in batch for entry in chunk.logprobs])
+    return text.feed(tokens)
 
 
 def _generation(request: TextRequest, prompt_ids: tuple[int, ...], sampling: Sampling, adapter: str | None) -> GenerationRequest:
@@ -288,6 +314,9 @@ def _generation(request: TextRequest, prompt_ids: tuple[int, ...], sampling: Sam
         priority=request.priority,
         cache_salt=request.cache_salt,
         adapter=adapter,
+        num_logprobs=request.num_logprobs,
+        prompt_logprobs=request.echo and request.num_logprobs is not None,
+        num_prompt_logprobs=(request.num_logprobs or 0) if request.echo else 0,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,4 +35,4 @@ def _checked(fields: Mapping[str, Any]) -> Sampling:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         name = str(problem["loc"][0]) if problem["loc"] else None
-        raise bad_request(f"{name}: {problem['msg']} (got {problem.get('input')!r}).", param=name) from error
+        raise bad_request(f"{name}: {problem['msg']} (got {reprlib.repr(problem.get('input'))}).", param=name) from error

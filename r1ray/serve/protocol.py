@@ -12,9 +12,11 @@ from typing import Any, Literal, Protocol
 
 from r1ray.types import Message
 
-__all__ = ["Backend", "BackendStats", "Delta", "Done", "Event", "Fault", "FinishReason", "Refused", "TextRequest"]
+__all__ = ["Backend", "BackendStats", "Delta", "Done", "Event", "Fault", "FinishReason", "Piece", "Refused", "TextRequest", "TokenScore"]
 
 FinishReason = Literal["stop", "length"]
+Piece = bytes | int
+"""What a token spells: its bytes, which may be part of a character, or its id where the tokenizer has no text for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +27,9 @@ class TextRequest:
 
     `overrides` holds the sampling fields that the request itself set; the replica puts them over its version's policy. `timeout_s` counts
     from when the replica has it. A lower `priority` starts sooner; only requests with the same `cache_salt` share computed prefixes.
+
+    `num_logprobs` wants a TokenScore per token, with so many of the likeliest in its place. `echo` puts the prompt, scored alike, before
+    the answer; `prompt_only` gives no answer. Both are for prompts: of messages the client may not see all that the model is shown.
     """
 
     id: str
@@ -41,16 +46,39 @@ class TextRequest:
     priority: int = 0
     cache_salt: str = ""
     adapter: str | None = None
+    num_logprobs: int | None = None
+    echo: bool = False
+    prompt_only: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScore:
+    """How likely a token was, as the natural logarithm of its probability, and the likeliest in its place, most likely first.
+
+    Nothing comes before the first token of a prompt, so that one has no `logprob`. `offset` is where its text begins in the content of
+    a raw answer, in characters.
+    """
+
+    piece: Piece
+    logprob: float | None
+    top: tuple[tuple[Piece, float], ...] = ()
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """New text; both may be empty while a character or a stop text is still open. Reasoning comes before content."""
+    """New text; both may be empty while a character or a stop text is still open. Reasoning comes before content.
+
+    `scores` are those of the tokens whose text begins here; the first `num_reasoning_scores` belong to the reasoning. Tokens without a
+    text of their own go with the next one that has some, or with the end. Empty unless they were asked for.
+    """
 
     reasoning: str = ""
     content: str = ""
     num_tokens: int = 0
     num_prompt_tokens: int = 0
+    scores: tuple[TokenScore, ...] = ()
+    num_reasoning_scores: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

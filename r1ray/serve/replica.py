@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from ray import serve
-from ray.exceptions import RayActorError, TaskCancelledError
+from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from r1ray.errors import QueueFull
+from r1ray.errors import QueueFull, R1RayError
 from r1ray.serve.config import ModelArgs
 from r1ray.serve.faults import fault_of, replica_lost
 from r1ray.serve.host import registry_host
-from r1ray.serve.protocol import BackendStats, Event, Fault, TextRequest
+from r1ray.serve.overview import Overview, Seen
+from r1ray.serve.protocol import BackendStats, Event, Fault, Refused, TextRequest
 from r1ray.types import Message
 
 __all__ = ["HandleBackend", "ModelReplica"]
@@ -66,13 +65,12 @@ class ModelReplica:
 class HandleBackend:
     """A Backend whose model lives in a deployment."""
 
-    def __init__(self, handle: DeploymentHandle, *, may_sleep: bool) -> None:
-        """`may_sleep`: the model has min_replicas 0, so no replica is no illness."""
+    def __init__(self, handle: DeploymentHandle, overview: Overview, *, may_sleep: bool) -> None:
+        """`overview` is shared by all models; `may_sleep`: this one has min_replicas 0, so no replica is no illness."""
         self._handle = handle
         self._streaming = handle.options(stream=True)
+        self._overview = overview
         self._may_sleep = may_sleep
-        self._ready = False
-        self._asked_at = -READY_FOR_S
 
     async def stream(self, request: TextRequest) -> AsyncGenerator[Event, None]:
         """A replica that is lost before its first event costs a second try; later, the stream ends with a Fault."""
@@ -91,28 +89,24 @@ class HandleBackend:
                 logger.warning("%s lost its replica before the first token; trying another", request.id)
 
     async def tokenize(self, text: str | None, messages: tuple[Message, ...], adapter: str | None = None) -> tuple[int, ...]:
-        found: tuple[int, ...] = await self._handle.tokenize.remote(text, messages, adapter)
+        found: tuple[int, ...] = await self._said(self._handle.tokenize.remote(text, messages, adapter))
         return found
 
     async def detokenize(self, token_ids: tuple[int, ...]) -> str:
-        found: str = await self._handle.detokenize.remote(token_ids)
+        found: str = await self._said(self._handle.detokenize.remote(token_ids))
         return found
 
     async def stats(self) -> BackendStats:
         """Zeros where no replica runs: a call would wake a sleeping model, or wait for one that is being built."""
-        num_running, _ = await asyncio.to_thread(self._status)
-        if not num_running:
+        if not (await self._seen(0.0)).num_running:
             return BackendStats(ref="", pid=0, num_running=0, num_waiting=0, num_slots=0, num_free_slots=0)
-        found: BackendStats = await self._handle.stats.remote()
+        found: BackendStats = await self._said(self._handle.stats.remote())
         return found
 
     async def ready(self) -> bool:
-        """Serve's own view of the deployment, asked at most once a second; a call to a replica would wake a sleeping model."""
-        if time.monotonic() - self._asked_at >= READY_FOR_S:
-            num_running, is_healthy = await asyncio.to_thread(self._status)
-            self._ready = num_running > 0 or (self._may_sleep and is_healthy)
-            self._asked_at = time.monotonic()
-        return self._ready
+        """As Serve saw it a second ago or later; load balancers ask often."""
+        seen = await self._seen(READY_FOR_S)
+        return seen.num_running > 0 or (self._may_sleep and seen.is_healthy)
 
     async def _stream_once(self, request: TextRequest) -> AsyncGenerator[Event, None]:
         response: Any = self._streaming.stream.remote(request)
@@ -125,15 +119,21 @@ class HandleBackend:
             if not ended:
                 response.cancel()
 
+    async def _said(self, response: Any) -> Any:
+        """What a replica answers; its errors as our own, without the traceback that Ray puts around them."""
+        try:
+            return await response
+        except Exception as error:  # between the processes anything may break
+            raise Refused(self._fault(error)) from error
+
     def _fault(self, error: Exception) -> Fault:
         if isinstance(error, BackPressureError):
             return fault_of(QueueFull("Too many requests wait already. Retry later."))
         if isinstance(error, LOST):
             logger.warning("A stream of %s was cut: %s: %s", self._handle.deployment_name, type(error).__name__, error)
             return replica_lost()
-        return fault_of(error)
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        return fault_of(cause if isinstance(cause, R1RayError) else error)
 
-    def _status(self) -> tuple[int, bool]:
-        """(replicas that run, whether the deployment is as it should be), as Serve sees it."""
-        status = serve.status().applications[self._handle.app_name].deployments[self._handle.deployment_name]
-        return status.replica_states.get("RUNNING", 0), status.status == "HEALTHY"
+    async def _seen(self, max_age_s: float) -> Seen:
+        return await self._overview.of(self._handle.app_name, self._handle.deployment_name, max_age_s=max_age_s)

@@ -13,6 +13,7 @@ from r1ray.serve.chat import Card, ChatService, Served
 from r1ray.serve.config import AppArgs
 from r1ray.serve.grounding import Grounding
 from r1ray.serve.meter import LogSink, Meter, RaySink
+from r1ray.serve.overview import Overview
 from r1ray.serve.replica import HandleBackend
 from r1ray.serve.retriever import HandleFinder
 
@@ -30,9 +31,9 @@ class Router:
         models: Mapping[str, DeploymentHandle],
         retrieval: DeploymentHandle | None = None,
     ) -> None:
-        served = {}
+        served, overview = {}, Overview()
         for model in args.models:
-            backend = HandleBackend(models[model.id], may_sleep=model.autoscaling.min_replicas == 0)
+            backend = HandleBackend(models[model.id], overview, may_sleep=model.autoscaling.min_replicas == 0)
             for id_ in model.ids:
                 served[id_] = Served(cards[id_], backend, collections.get(id_), adapter=None if id_ == model.id else id_)
         meter = Meter([LogSink(logging.getLogger("ray.serve")), RaySink()])

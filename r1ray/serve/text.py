@@ -74,6 +74,11 @@ class StopScanner:
         self._held = ""
         self.stopped = False
 
+    @property
+    def num_held(self) -> int:
+        """Characters that a stop text may still claim."""
+        return len(self._held)
+
     def feed(self, text: str) -> str:
         """The part of the text that no stop text can claim any more; nothing after `stopped`."""
         if self.stopped:
@@ -125,6 +130,11 @@ class TextAssembler:
     def num_reasoning_tokens(self) -> int:
         """Tokens up to and including the one that completed </think>; all of them while it is still open."""
         return self._thinking.num_tokens
+
+    @property
+    def num_held(self) -> int:
+        """Characters that are complete and neither shown nor dropped yet."""
+        return self._scanner.num_held + (self._parser.num_held if self._parser is not None else 0)
 
     def feed(self, token_ids: Sequence[int]) -> Delta:
         """Takes tokens one by one until a stop text, so that the count says how many were needed."""

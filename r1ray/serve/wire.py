@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from r1ray.serve.chat import Card
-from r1ray.serve.protocol import Delta, Done, Fault
+from r1ray.serve.logprobs import chat_logprobs, completion_logprobs
+from r1ray.serve.protocol import Delta, Done, Fault, TokenScore
 
 __all__ = ["ChatWire", "Choice", "CompletionWire", "Wire", "error_body", "model_body", "usage_body"]
 
@@ -23,11 +24,16 @@ class Choice:
 
     reasoning: str = ""
     content: str = ""
+    scores: list[TokenScore] = field(default_factory=list)
+    num_reasoning_scores: int = 0
     done: Done | None = None
 
     def add(self, delta: Delta) -> None:
         self.reasoning += delta.reasoning
         self.content += delta.content
+        if delta.scores:
+            self.scores += delta.scores
+            self.num_reasoning_scores += delta.num_reasoning_scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +43,7 @@ class Wire:
     id: str
     model: str
     show_reasoning: bool = True
+    with_logprobs: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     def _head(self, kind: str, done: Done | None = None) -> dict[str, Any]:
@@ -51,7 +58,7 @@ class Wire:
         raise NotImplementedError
 
     def deltas(self, index: int, delta: Delta) -> list[dict[str, Any]]:
-        """Chunks for new text, none when there is none."""
+        """Chunks for new text and scores, none when there are none."""
         raise NotImplementedError
 
     def closing(self, index: int, done: Done) -> dict[str, Any]:
@@ -78,12 +85,17 @@ class ChatWire(Wire):
         return self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None})
 
     def deltas(self, index: int, delta: Delta) -> list[dict[str, Any]]:
-        found = []
+        found: list[tuple[dict[str, Any], Sequence[TokenScore]]] = []
+        num = delta.num_reasoning_scores
+        scores = delta.scores if self.show_reasoning else delta.scores[num:]
         if delta.reasoning and self.show_reasoning:
-            found.append({"content": None, "reasoning_content": delta.reasoning, "reasoning": delta.reasoning})
-        if delta.content:
-            found.append({"content": delta.content})
-        return [self._chunk({"index": index, "delta": text, "logprobs": None, "finish_reason": None}) for text in found]
+            found.append(({"content": None, "reasoning_content": delta.reasoning, "reasoning": delta.reasoning}, scores[:num]))
+            scores = scores[num:]
+        if delta.content or scores:
+            found.append(({"content": delta.content}, scores))
+        return [
+            self._chunk({"index": index, "delta": text, "logprobs": _logprobs(of_text), "finish_reason": None}) for text, of_text in found
+        ]
 
     def closing(self, index: int, done: Done) -> dict[str, Any]:
         return self._chunk({"index": index, "delta": {}, "logprobs": None, "finish_reason": done.finish_reason}, done)
@@ -100,7 +112,9 @@ class ChatWire(Wire):
         if choice.reasoning and self.show_reasoning:
             message |= {"content": choice.content or None, "reasoning_content": choice.reasoning, "reasoning": choice.reasoning}
         reason = choice.done.finish_reason if choice.done else None
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+        scores = choice.scores if self.show_reasoning else choice.scores[choice.num_reasoning_scores :]
+        logprobs = chat_logprobs(scores) if self.with_logprobs else None
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,21 +128,31 @@ class CompletionWire(Wire):
         return None
 
     def deltas(self, index: int, delta: Delta) -> list[dict[str, Any]]:
-        return [self._chunk(_text_choice(index, delta.content, None))] if delta.content else []
+        if not delta.content and not delta.scores:
+            return []
+        return [self._chunk(_text_choice(index, delta.content, None, completion_logprobs(delta.scores) if delta.scores else None))]
 
     def closing(self, index: int, done: Done) -> dict[str, Any]:
         return self._chunk(_text_choice(index, "", done.finish_reason), done)
 
     def body(self, choices: Sequence[Choice], usage: dict[str, Any]) -> dict[str, Any]:
-        shown = [_text_choice(i, choice.content, choice.done.finish_reason if choice.done else None) for i, choice in enumerate(choices)]
+        shown = [self._choice(index, choice) for index, choice in enumerate(choices)]
         return self._head("text_completion", choices[0].done) | {"choices": shown, "usage": usage}
 
     def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         return self._head("text_completion") | {"choices": [], "usage": usage}
 
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        logprobs = completion_logprobs(choice.scores) if self.with_logprobs else None
+        return _text_choice(index, choice.content, choice.done.finish_reason if choice.done else None, logprobs)
 
-def _text_choice(index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+
+def _logprobs(scores: Sequence[TokenScore]) -> dict[str, Any] | None:
+    return chat_logprobs(scores) if scores else None
+
+
+def _text_choice(index: int, text: str, finish_reason: str | None, logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def usage_body(ends: Sequence[Done], choices_per_prompt: int) -> dict[str, Any]:

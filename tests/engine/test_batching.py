@@ -228,6 +228,7 @@ def test_a_more_urgent_request_starts_first(tiny_llama):
         (wanted("a", (5,), adapter="x"), UnknownAdapter, "'x'"),
         (wanted("a", (5,), logit_bias=((640, 1.0),)), InvalidRequest, "logit_bias for token id 640"),
         (wanted("a", (5,), num_logprobs=9999), InvalidRequest, "9999 logprobs"),
+        (wanted("a", (5,), prompt_logprobs=True, num_prompt_logprobs=-1), InvalidRequest, "-1 logprobs"),
         (wanted("a", (5,), stop_token_ids=(7, 640)), InvalidRequest, "stops at token id 640"),
     ],
 )
@@ -564,21 +565,24 @@ def test_prompt_logprobs_are_those_of_one_forward_pass(tiny_llama, backend):
     with torch.no_grad():
         logprobs = model(torch.tensor([prompt])).logits[0].double().log_softmax(-1)
     expected = [float(logprobs[i, token]) for i, token in enumerate(prompt[1:])]
+    values, best = logprobs[:-1].topk(3)
 
     async def scenario():
         async with running(model, backend=backend, num_slots=3, prefill_chunk=17) as engine:
             await collect(engine, wanted("warms the prefix cache", prompt))
             return await asyncio.gather(
-                collect(engine, wanted("scored", prompt, max_tokens=2, prompt_logprobs=True)),
+                collect(engine, wanted("scored", prompt, max_tokens=2, prompt_logprobs=True, num_prompt_logprobs=3)),
                 collect(engine, wanted("beside", prompt[:40])),
                 collect(engine, wanted("one token", (5,), max_tokens=1, prompt_logprobs=True)),
             )
 
     scored, beside, shortest = asyncio.run(scenario())
     assert list(scored[0].prompt_logprobs) == pytest.approx(expected, abs=1e-3)
-    assert [chunk.prompt_logprobs for chunk in scored[1:]] == [()]
+    assert [[token for token, _ in top] for top in scored[0].prompt_top] == best.tolist()
+    assert [value for top in scored[0].prompt_top for _, value in top] == pytest.approx(values.flatten().tolist(), abs=1e-3)
+    assert [(chunk.prompt_logprobs, chunk.prompt_top) for chunk in scored[1:]] == [((), ())]
     assert not any(chunk.prompt_logprobs for chunk in beside)
-    assert shortest[0].prompt_logprobs == ()
+    assert (shortest[0].prompt_logprobs, shortest[0].prompt_top) == ((), ())
 
 
 def test_a_latency_objective_holds_streams_back_and_serves_all(tiny_llama):

@@ -30,7 +30,7 @@ def request(**settings) -> GenerationRequest:
 
 def test_a_request_says_the_same_in_vllms_words() -> None:
     said = sampling_arguments(
-        request(stop_token_ids=(9,), logit_bias=((3, -1.5),), num_logprobs=2, prompt_logprobs=True, min_tokens=4),
+        request(stop_token_ids=(9,), logit_bias=((3, -1.5),), num_logprobs=2, prompt_logprobs=True, num_prompt_logprobs=3, min_tokens=4),
         max_tokens=50,
         eos_token_ids={2},
     )
@@ -49,7 +49,7 @@ def test_a_request_says_the_same_in_vllms_words() -> None:
         "stop_token_ids": [2, 9],
         "logit_bias": {3: -1.5},
         "logprobs": 2,
-        "prompt_logprobs": 0,
+        "prompt_logprobs": 3,
     }
 
 

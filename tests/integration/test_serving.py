@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import openai
 import pytest
 
 from r1ray.serve.config import AppArgs
@@ -133,6 +134,11 @@ def test_a_strict_client_gets_answers_streams_and_models(deployed: Deployed) -> 
     assert streamed == client.chat.completions.create(**greedy).choices[0].message.content
     assert chunks[-1].usage.completion_tokens == 20
     assert client.completions.create(model="tiny", prompt="abc", max_tokens=3).object == "text_completion"
+    scored = list(client.chat.completions.create(**greedy, stream=True, logprobs=True, top_logprobs=2))
+    entries = [entry for chunk in scored if (found := chunk.choices[0].logprobs) for entry in found.content]
+    assert len(entries) == 20 and all(entry.top_logprobs[0].logprob == entry.logprob <= 0 for entry in entries)
+    with pytest.raises(openai.BadRequestError, match="gives no logprobs"):
+        client.chat.completions.create(model="base", messages=messages, logprobs=True)
     assert [model.id for model in client.models.list().data] == ["tiny", "slow", "edge", "base", "adapted"]
     health = httpx.get(f"{deployed.url}/health", timeout=30, headers={"X-Request-Id": "mine"})
     assert (health.status_code, health.headers.get_list("x-request-id")) == (200, ["mine"])

@@ -212,7 +212,7 @@ def test_logprobs_of_answer_and_prompt_are_the_models(vllm: Running) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    chunks = vllm.run(lambda: collect(vllm.engine, request("scored", num=5, num_logprobs=3, prompt_logprobs=True)))
+    chunks = vllm.run(lambda: collect(vllm.engine, request("scored", num=5, num_logprobs=3, prompt_logprobs=True, num_prompt_logprobs=2)))
     answer = [token for chunk in chunks for token in chunk.token_ids]
     model: Any = AutoModelForCausalLM.from_pretrained(vllm.model, dtype=torch.float32)
     ids = (*PROMPT, *answer)
@@ -220,6 +220,8 @@ def test_logprobs_of_answer_and_prompt_are_the_models(vllm: Running) -> None:
         logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     of_prompt = [float(logprobs[place, ids[place + 1]]) for place in range(len(PROMPT) - 1)]
     assert chunks[0].prompt_logprobs == pytest.approx(of_prompt, abs=1e-3)
+    likeliest = [logprobs[place].topk(2) for place in range(len(PROMPT) - 1)]
+    assert [[token for token, _ in top] for top in chunks[0].prompt_top] == [best.tolist() for _, best in likeliest]
     found = [entry for chunk in chunks for entry in chunk.logprobs]
     assert [entry.token for entry in found] == answer
     for place, entry in enumerate(found, start=len(PROMPT) - 1):

@@ -7,7 +7,8 @@ import dataclasses
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ import uvicorn
 
 from r1ray.engine.config import EngineConfig, FakeConfig
 from r1ray.engine.fake import FakeEngine, echo
-from r1ray.engine.protocol import GenerationRequest
+from r1ray.engine.protocol import GenerationRequest, TokenChunk, TokenLogprobs
 from r1ray.serve.api import create_api
 from r1ray.serve.chat import Card, ChatService, Served
 from r1ray.serve.config import AppArgs, ModelArgs, RetrievalArgs, RouterArgs
@@ -49,6 +50,9 @@ class ByteCodec:
     def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(token_ids).decode(errors="replace")
 
+    def piece(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
     def thinking(self, prompt_ids: Sequence[int]) -> bool:
         return self.decode(prompt_ids).endswith("<think>\n")
 
@@ -56,6 +60,37 @@ class ByteCodec:
 def says(text: str) -> Answer:
     """An engine's answer, whatever the question."""
     return lambda _request: list(text.encode())
+
+
+class ScoringEngine(FakeEngine):
+    """A FakeEngine that gives log-probabilities, which the token ids alone decide (`likelihood`)."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.capabilities |= {"logprobs", "prompt_logprobs"}
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
+        is_first = True
+        async with aclosing(super().generate(request)) as chunks:
+            async for chunk in chunks:
+                yield scored(request, chunk, is_first=is_first)
+                is_first = False
+
+
+def scored(request: GenerationRequest, chunk: TokenChunk, *, is_first: bool) -> TokenChunk:
+    if request.num_logprobs is not None:
+        chunk = dataclasses.replace(chunk, logprobs=tuple(likelihood(token, request.num_logprobs) for token in chunk.token_ids))
+    if request.prompt_logprobs and is_first:
+        found = [likelihood(token, request.num_prompt_logprobs) for token in request.prompt_ids[1:]]
+        top = tuple(each.top for each in found) if request.num_prompt_logprobs else ()
+        chunk = dataclasses.replace(chunk, prompt_logprobs=tuple(each.logprob for each in found), prompt_top=top)
+    return chunk
+
+
+def likelihood(token: int, num: int) -> TokenLogprobs:
+    """The token with -id / 100; it is the likeliest, and every next id is less likely by one."""
+    top = tuple(((token + step) % 256, -token / 100 - step) for step in range(num))
+    return TokenLogprobs(token=token, logprob=-token / 100, top=top)
 
 
 def make_artifact(version: int = 1, *, system_prompt: str | None = None, policy: SamplingPolicy | None = None) -> Artifact:
@@ -80,6 +115,7 @@ class Shelf:
     artifact: Artifact
     answer: Answer = echo
     thinks: bool = False
+    scores: bool = False
     token_delay_s: float = 0.0
     fail_after_tokens: int | None = None
     num_slots: int = 8
@@ -96,7 +132,7 @@ class Shelf:
             raise OSError("its weights cannot be read")
         fake = FakeConfig(token_delay_s=self.token_delay_s, fail_after_tokens=self.fail_after_tokens)
         config = EngineConfig(type="fake", num_slots=self.num_slots, max_waiting=self.max_waiting, fake=fake)
-        engine = FakeEngine(config, answer=self.answer, context_length=self.context_length)
+        engine = (ScoringEngine if self.scores else FakeEngine)(config, answer=self.answer, context_length=self.context_length)
         await engine.start()
         self.engines.append(engine)
         return LoadedVersion(artifact, ByteCodec(thinks=self.thinks), engine)
@@ -155,6 +191,7 @@ def fakes() -> SimpleNamespace:
         MemorySink=MemorySink,
         PASSAGES=PASSAGES,
         Shelf=Shelf,
+        likelihood=likelihood,
         make_artifact=make_artifact,
         says=says,
     )

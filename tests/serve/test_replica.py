@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
-from ray.exceptions import ActorDiedError
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from r1ray.serve.protocol import BackendStats, Delta, Done, Fault, TextRequest
+from r1ray.errors import UnknownAdapter
+from r1ray.serve.overview import Overview
+from r1ray.serve.protocol import BackendStats, Delta, Done, Fault, Refused, TextRequest
 from r1ray.serve.replica import HandleBackend
 
 DELTA = Delta(content="x", num_tokens=1)
@@ -38,6 +42,7 @@ class Response:
 class Handle:
     """A deployment handle whose calls answer with the given scripts, one after the other."""
 
+    app_name = "app"
     deployment_name = "ModelReplica-m"
 
     def __init__(self, *scripts) -> None:
@@ -56,7 +61,7 @@ class Handle:
 
 def play(handle, num_read: int | None = None) -> list:
     async def run():
-        events, stream = [], HandleBackend(handle, may_sleep=False).stream(TextRequest(id="r", prompt="x"))
+        events, stream = [], HandleBackend(handle, Overview(no_controller), may_sleep=False).stream(TextRequest(id="r", prompt="x"))
         async for event in stream:
             events.append(event)
             if len(events) == num_read:
@@ -99,13 +104,8 @@ def test_a_reader_that_leaves_cancels_the_call_and_one_that_stays_does_not() -> 
     assert left.calls[0].cancelled and not stayed.calls[0].cancelled
 
 
-class Counted(HandleBackend):
-    """Serve's view of the deployment, as a test wants it."""
-
-    num_running = 0
-
-    def _status(self) -> tuple[int, bool]:
-        return self.num_running, True
+def no_controller() -> None:
+    raise AssertionError("a stream asks nobody")
 
 
 def test_load_is_zero_where_no_replica_runs_and_wakes_none() -> None:
@@ -119,11 +119,39 @@ def test_load_is_zero_where_no_replica_runs_and_wakes_none() -> None:
             calls.append(True)
             return self._answer()
 
+    running: dict[str, int] = {}
+    deployed = SimpleNamespace(replica_states=running, status="HEALTHY")
+    status = SimpleNamespace(applications={"app": SimpleNamespace(deployments={"ModelReplica-m": deployed})})
     handle = Handle()
     handle.stats = Stats()
-    backend = Counted(handle, may_sleep=True)
+    backend = HandleBackend(handle, Overview(lambda: status), may_sleep=True)
     asleep = asyncio.run(backend.stats())
     assert (asleep.num_slots, asleep.num_running, asleep.ref, calls) == (0, 0, "", [])
     assert asyncio.run(backend.ready())
-    backend.num_running = 1
+    running["RUNNING"] = 1
     assert (asyncio.run(backend.stats()).ref, calls) == ("m@3", [True])
+
+
+def test_a_replicas_own_error_reaches_the_client_without_rays_traceback() -> None:
+    handle = Handle()
+    backend = HandleBackend(handle, Overview(no_controller), may_sleep=False)
+
+    def raising(error):
+        async def answer(*_):
+            raise error
+
+        return SimpleNamespace(remote=answer)
+
+    def refusal(error) -> Fault:
+        handle.tokenize = raising(error)
+        with pytest.raises(Refused) as caught:
+            asyncio.run(backend.tokenize("x", ()))
+        return caught.value.fault
+
+    known = refusal(
+        RayTaskError("tokenize", "Traceback: /secret/path", UnknownAdapter("No adapter 'x' is served here.")).as_instanceof_cause()
+    )
+    assert (known.status, known.message) == (404, "No adapter 'x' is served here.")
+    defect = refusal(RayTaskError("tokenize", "Traceback: /secret/path", OverflowError("secret")).as_instanceof_cause())
+    assert defect.status == 500 and "secret" not in defect.message
+    assert refusal(ActorDiedError()).code == "replica_lost"

@@ -90,5 +90,5 @@ def sampling_arguments(request: GenerationRequest, *, max_tokens: int, eos_token
         "stop_token_ids": sorted(stop_ids),
         "logit_bias": dict(request.logit_bias) or None,
         "logprobs": request.num_logprobs,
-        "prompt_logprobs": 0 if request.prompt_logprobs else None,
+        "prompt_logprobs": request.num_prompt_logprobs if request.prompt_logprobs else None,
     }

@@ -239,7 +239,8 @@ class VllmEngine:
             num_prompt_tokens=num_prompt,
             num_cached_tokens=num_cached,
             logprobs=tuple(TokenLogprobs(token=token, logprob=value, top=top) for token, value, top in logprobs or ()),
-            prompt_logprobs=tuple(of_prompt or ()),
+            prompt_logprobs=tuple(value for value, _ in of_prompt or ()),
+            prompt_top=tuple(top for _, top in of_prompt or ()) if stream.request.num_prompt_logprobs else (),
         )
         return stream.mailbox, chunk
 

@@ -16,7 +16,7 @@ __all__ = ["Event", "VllmWorker", "cpu_lists"]
 
 log = logging.getLogger(__name__)
 
-Event = tuple[str, tuple[int, ...], str | None, int, list[Any] | None, list[float] | None, tuple[str, str] | None]
+Event = tuple[str, tuple[int, ...], str | None, int, list[Any] | None, list[Any] | None, tuple[str, str] | None]
 """(request, tokens, finish_reason, cached prompt tokens, logprobs, prompt logprobs, error): a chunk, or (kind, text) of an error."""
 
 
@@ -232,7 +232,8 @@ def _event(request: dict[str, Any], output: Any, num_cached: int) -> Event:
         found = [_logprobs(token, of_token, num_logprobs) for token, of_token in zip(tokens, logprobs, strict=False)]
     if output.prompt_logprobs:
         pairs = list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True))
-        of_prompt = [of_token[token].logprob for token, of_token in pairs[1:]]
+        num_likeliest = request["sampling"]["prompt_logprobs"]
+        of_prompt = [_logprobs(token, of_token, num_likeliest)[1:] for token, of_token in pairs[1:]]
     return (id_, tuple(tokens), drawn.finish_reason, num_cached, found, of_prompt, None)
 
 
