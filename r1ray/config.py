@@ -113,7 +113,8 @@ def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def described(schema: type[BaseModel], prefix: str = "", defaults: BaseModel | None = None) -> Iterator[str]:
-    """A line per setting: `key = default  # meaning`; a group of settings has a line without a default before theirs.
+    """A line per setting: `key = default  # meaning`; a group of settings has a line without a default before theirs, `key[].`
+    begins those of each member of a list or mapping.
 
     `defaults` are those of a group where its owner gives it others than its class has.
     """
@@ -127,6 +128,9 @@ def described(schema: type[BaseModel], prefix: str = "", defaults: BaseModel | N
         yield f"{prefix}{name}{shown}  # {info.description or ''}"
         for group in nested:
             yield from described(group, f"{prefix}{name}.", value if is_group else None)
+        for member in _schemas(info.annotation):
+            if member not in nested:  # of a list or a mapping
+                yield from described(member, f"{prefix}{name}[].")
 
 
 def _nested(annotation: Any) -> list[type[BaseModel]]:
