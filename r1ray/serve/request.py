@@ -46,7 +46,6 @@ MOST_COMPLETION_LOGPROBS = 5
 MOST_TOP_K = 2**31 - 1
 """More than any vocabulary has; a larger number would not fit into an engine's tensors."""
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 BRANCH = re.compile(r"str|int|float|bool|list\[.*\]")
 """What pydantic puts into the place of an error for the branch of a union that it tried."""
@@ -67,13 +66,13 @@ class _StreamOptions(BaseModel):
 
 
 class _GenerationBody(_Body):
-    temperature: Finite | None = None
-    top_p: Finite | None = None
+    temperature: float | None = None
+    top_p: float | None = None
     top_k: int | None = None
-    min_p: Finite | None = None
-    repetition_penalty: Finite | None = None
-    frequency_penalty: Finite | None = None
-    presence_penalty: Finite | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
     max_tokens: int | None = None
     stop: str | list[str] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
