@@ -24,7 +24,7 @@ from r1ray.registry import Registry, weights_sha256
 from r1ray.retrieval.config import IndexConfig
 from r1ray.retrieval.index import build_index
 from r1ray.settings import Settings
-from r1ray.types import Manifest, TemplateInfo
+from r1ray.types import Manifest, Sampling, SamplingPolicy, TemplateInfo
 
 
 @pytest.fixture(scope="module")
@@ -365,3 +365,19 @@ def test_a_table_with_columns_of_its_own_is_split(cli, tmp_path):
     assert done.exit_code == 0, done.stderr
     assert [pq.read_metadata(tmp_path / "out" / f"{name}.parquet").num_rows for name in ("train", "test")] == [16, 4]
     assert "Unknown key 'question_colum'" in cli(*arguments, "question_colum=客户说").stderr
+
+
+def test_the_sampling_policy_of_a_version_is_shown_and_reset(cli, home):
+    assert "DeepSeek-R1's recommendation" in cli("policy", "base@1").stdout
+    policy = SamplingPolicy(
+        default=Sampling(temperature=0.25),
+        tasks={"faq": Sampling(temperature=0)},
+        provenance={"default": {"setting": "search-3", "sweep": "sampling-base-1", "rule": "surely better"}},
+    )
+    Registry(Settings(home=home)).attach_policy("base@1", policy)
+    shown = " ".join(cli("policy", "base@1").stdout.split())
+    assert "default temperature 0.25, top_p 0.95" in shown
+    assert "search-3 of sampling-base-1: surely better" in shown
+    assert "faq temperature 0.0" in shown
+    cli("policy", "base@1", "--reset")
+    assert Registry(Settings(home=home)).resolve("base@1").policy == SamplingPolicy()

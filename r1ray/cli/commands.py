@@ -161,6 +161,28 @@ def prune(
     console().print(f"deleted {', '.join(f'{name}@{version}' for version in gone)}" if gone else "nothing to delete")
 
 
+@command(app, "policy")
+def policy(
+    ref: Reference, reset: Annotated[bool, typer.Option("--reset", help="Back to DeepSeek-R1's recommendation, for every task.")] = False
+) -> None:
+    """Show the sampling settings that a version answers with, and where they come from."""
+    from r1ray.registry import Registry
+    from r1ray.types import SamplingPolicy
+
+    registry = Registry()
+    artifact = registry.resolve(ref)
+    if reset:
+        artifact = registry.attach_policy(artifact.ref, SamplingPolicy())
+    found = artifact.policy or SamplingPolicy()
+    table = Table("task", "settings", "from", box=None, header_style="bold")
+    for task, sampling in {"default": found.default, **found.tasks}.items():
+        origin = found.provenance.get(task, {})
+        fields = ", ".join(f"{name} {value}" for name, value in sampling.model_dump(exclude={"seed", "stop"}).items())
+        chosen = f"{origin.get('setting')} of {origin.get('sweep')}: {origin.get('rule')}"
+        table.add_row(task, fields, chosen if origin else "DeepSeek-R1's recommendation")
+    console().print(table)
+
+
 @command(app, "lineage")
 def lineage(ref: Reference) -> None:
     """A version and what it was made from."""
