@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from r1ray.engine.config import EngineConfig
+from r1ray.engine.create import create_engine
 from r1ray.engine.protocol import TokenChunk, TokenLogprobs
-from r1ray.serve.protocol import Delta
+from r1ray.model import template
+from r1ray.serve.codec import TokenizerCodec
+from r1ray.serve.config import ModelArgs
+from r1ray.serve.host import ModelHost, warmed
+from r1ray.serve.protocol import Delta, TextRequest
 from r1ray.serve.scored import ScoredAssembler, echoed
 
 SIZES = st.lists(st.integers(1, 5), max_size=40)
@@ -121,3 +131,46 @@ def test_an_echoed_prompt_says_where_each_token_begins(text: str, pieces, offset
     assert [score.offset for score in delta.scores] == offsets
     assert [score.logprob for score in delta.scores] == [None] + [-0.5] * (len(pieces) - 1)
     assert echoed(Bytes(), text, (), first, scored=False).scores == ()
+
+
+def test_a_real_engines_scores_are_those_of_one_forward_pass(tiny_llama, fakes, tmp_path) -> None:
+    """From text to text through tokenizer, engine and host: a scored prompt and an answer of whatever a random model draws."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    info = template.write(template.pair_for(tokenizer.chat_template), shutil.copytree(tiny_llama, tmp_path / "model"))
+    made = fakes.make_artifact()
+    artifact = replace(made, path=tmp_path / "model", manifest=made.manifest.model_copy(update={"template": info, "context_length": 512}))
+    config = EngineConfig(backend="transformers", dtype="float32", num_threads=1, num_slots=2)
+
+    async def load(artifact):
+        return await warmed(artifact, TokenizerCodec(artifact), create_engine(artifact, config, registry=None))
+
+    async def run():
+        host = ModelHost(ModelArgs(id="m", ref="m@1"), lambda: artifact, load)
+        await host.start()
+        try:
+            wanted = {"num_logprobs": 3, "echo": True, "overrides": {"temperature": 1.0, "top_p": 1.0, "seed": 5, "max_tokens": 40}}
+            return [event async for event in host.stream(TextRequest(id="r", prompt="丢 card", ignore_eos=True, **wanted))]
+        finally:
+            await host.stop()
+
+    *deltas, done = asyncio.run(run())
+    scores = [score for delta in deltas for score in delta.scores]
+    text, num_prompt = "".join(delta.content for delta in deltas), done.num_prompt_tokens
+    assert (len(scores) - num_prompt, done.num_completion_tokens) == (40, 40)
+    codec = TokenizerCodec(artifact)
+    id_of = {codec.piece(token): token for token in reversed(range(640))}
+    ids = [id_of[score.piece] for score in scores]
+    assert ids[:num_prompt] == tokenizer.encode("丢 card") and text == "丢 card" + codec.decode(ids[num_prompt:])
+    assert [score.offset for score in scores] == sorted(score.offset for score in scores)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    assert scores[0].logprob is None
+    assert [score.logprob for score in scores[1:]] == pytest.approx(
+        [float(logprobs[at, token]) for at, token in enumerate(ids[1:])], abs=1e-3
+    )
+    likeliest = [value for score in scores[1:] for _, value in score.top]
+    assert likeliest == pytest.approx(logprobs[:-1].topk(3).values.flatten().tolist(), abs=1e-3)
