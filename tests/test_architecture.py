@@ -205,6 +205,13 @@ def test_ci_runs_the_readme_test_command() -> None:
     assert "scripts/test" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_folder_of_integration_tests_holds_what_needs_a_cluster_and_nothing_else() -> None:
+    """`scripts/test` runs it one by one, and beside it all the others at once."""
+    marked = re.compile(r"pytest\.mark\.ray\b")
+    needing = {path for path in (ROOT / "tests").rglob("test_*.py") if marked.search(path.read_text(encoding="utf-8"))}
+    assert needing == set((ROOT / "tests" / "integration").glob("test_*.py"))
+
+
 def test_lock_file_pins_by_hash_and_names_no_host() -> None:
     lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
     pins = re.findall(r"^[\w.\[\]-]+==\S+", lock, re.M)
