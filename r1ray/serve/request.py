@@ -46,6 +46,9 @@ MOST_COMPLETION_LOGPROBS = 5
 MOST_TOP_K = 2**31 - 1
 """More than any vocabulary has; a larger number would not fit into an engine's tensors."""
 
+LEAST_REPETITION_PENALTY = 0.01
+"""It divides logits, and a smaller one would make them infinite, as those of damaged weights are."""
+
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 BRANCH = re.compile(r"str|int|float|bool|list\[.*\]")
 """What pydantic puts into the place of an error for the branch of a union that it tried."""
@@ -70,7 +73,7 @@ class _GenerationBody(_Body):
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
-    repetition_penalty: float | None = None
+    repetition_penalty: float | None = Field(default=None, ge=LEAST_REPETITION_PENALTY)
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     max_tokens: int | None = None
@@ -218,8 +221,8 @@ class CompletionBody(_GenerationBody):
     prompt: (
         str
         | Annotated[list[str], Field(fail_fast=True)]
-        | Annotated[list[int], Field(fail_fast=True)]
-        | Annotated[list[Annotated[list[int], Field(fail_fast=True)]], Field(fail_fast=True)]
+        | Annotated[list[TokenId], Field(fail_fast=True)]
+        | Annotated[list[Annotated[list[TokenId], Field(fail_fast=True)]], Field(fail_fast=True)]
     )
     echo: bool | None = None
     logprobs: bool | int | None = None
@@ -320,10 +323,10 @@ def _wrong_field(error: ValidationError) -> Exception:
 
 
 def _clearest(problems: list[Any]) -> Any:
-    """The first; where a union was tried, that of the branch which went furthest into what was sent."""
+    """The first; where a union was tried, that of the branch which went furthest into what was sent and found the right type."""
     place = problems[0]["loc"]
     at = next((at for at, part in enumerate(place) if _is_branch(part)), len(place))
-    return max((each for each in problems if each["loc"][:at] == place[:at]), key=lambda each: len(each["loc"]))
+    return max((each for each in problems if each["loc"][:at] == place[:at]), key=lambda each: (len(each["loc"]), each["type"] in LIMITS))
 
 
 def _is_branch(part: str | int) -> bool:

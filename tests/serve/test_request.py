@@ -33,6 +33,7 @@ def refusal(schema, body) -> tuple[int, str, str | None]:
         ({"seed": 2**63}, "invalid_value", "seed"),
         ({"priority": -(2**31) - 1}, "invalid_value", "priority"),
         ({"logit_bias": {"5": float("nan")}}, "invalid_value", "logit_bias"),
+        ({"repetition_penalty": 1e-320}, "invalid_value", "repetition_penalty"),
         ({"stop": 5}, "invalid_type", "stop"),
         ({"stop": ["a", None]}, "invalid_type", "stop.1"),
         ({"stop": ["x" * 9] * 17}, "invalid_value", "stop"),
@@ -61,6 +62,11 @@ def test_a_wrong_field_is_refused_by_its_own_name(changes, code: str, param: str
 )
 def test_a_wrong_prompt_is_refused_at_its_place(prompt, param: str) -> None:
     assert refusal(CompletionBody, {"prompt": prompt}) == (400, "invalid_type", param)
+
+
+@pytest.mark.parametrize("prompt", [[-1], [[5], [10**30]]])
+def test_an_id_that_no_tokenizer_has_is_refused_at_its_place(prompt) -> None:
+    assert refusal(CompletionBody, {"prompt": prompt})[:2] == (400, "invalid_value")
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b'{"model": "\\ud800"}', b"[" * 100_000, b'{"model": "a", }'])
