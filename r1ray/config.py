@@ -72,7 +72,8 @@ def load_config(schema: type[C], path: str | Path | None = None, overrides: Sequ
     tree = _read(Path(path)) if path is not None else {}
     for override in overrides:
         _apply(tree, override)
-    return _validate(schema, tree, origin=str(path) if path is not None else "the command line")
+    places = ([] if path is None else [str(path)]) + (["the command line"] if overrides or path is None else [])
+    return _validate(schema, tree, origin=" or ".join(places))
 
 
 def parse_arguments(schema: type[C], description: str | None, argv: Sequence[str] | None = None) -> C:

@@ -243,3 +243,11 @@ def test_listed_defaults_are_those_of_the_job_not_of_the_groups_class():
     assert "server = null  # Where." in lines
     assert "server.port = 80  # " in lines
     assert "path = (required)  # What." in lines
+
+
+def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file_alone(tmp_path):
+    path = written(tmp_path, "name: a\n")
+    with pytest.raises(UnknownKey, match=f"Unknown key 'nmae' in {path} or the command line. Did you mean 'name'?"):
+        load_config(Job, path, ["nmae=b"])
+    with pytest.raises(UnknownKey, match=r"in the command line\. "):
+        load_config(Job, None, ["nmae=b"])

@@ -176,7 +176,11 @@ def files_of(config: DataConfig) -> list[Path]:
     """
     settings, pattern = Settings(), config.path.expanduser()
     if pattern.exists() or not any(mark in str(pattern) for mark in "*?["):
-        return data_files(settings.locate(config.path))
+        place = settings.locate(config.path)
+        if not place.exists():
+            below = "" if pattern.is_absolute() else f", nor below R1RAY_HOME={settings.home}"
+            raise InvalidValue(f"No data at {config.path}{below}. Set data.path to an existing file or directory.")
+        return data_files(place)
     roots = [Path(pattern.anchor)] if pattern.is_absolute() else [Path(), settings.home]
     for root in roots:
         matches = root.glob(str(pattern.relative_to(pattern.anchor)))

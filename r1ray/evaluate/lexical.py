@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -80,7 +81,8 @@ def _scorer(*kinds: str) -> Any:
 
 @functools.cache
 def _jieba() -> Any:
-    import jieba
-
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it imports the deprecated pkg_resources
+        import jieba
     jieba.setLogLevel(logging.WARNING)  # it announces its dictionary on stderr
     return jieba

@@ -331,3 +331,11 @@ def test_unknown_columns_name_the_keys_for_questions_and_answers(tmp_path):
         read(path)
     with pytest.raises(MissingColumn, match="no column 坐席说 for format faq; it has 客户说, 坐席答"):
         read(path, format="faq", question_column="客户说", answer_column="坐席说")
+
+
+def test_a_missing_file_names_both_places_that_were_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setenv("R1RAY_HOME", str(tmp_path))
+    with pytest.raises(InvalidValue, match=f"No data at faq/nope.csv, nor below R1RAY_HOME={tmp_path}. Set data.path"):
+        read(Path("faq/nope.csv"))
+    with pytest.raises(InvalidValue, match=f"No data at {tmp_path}/nope.csv. Set data.path"):
+        read(tmp_path / "nope.csv")
