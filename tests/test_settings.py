@@ -47,3 +47,10 @@ def test_a_relative_path_counts_from_home_where_the_working_directory_has_none(m
     (tmp_path / "demo").mkdir()
     assert settings.locate(Path("demo")) == Path("demo")
     assert settings.locate(Path("nowhere")) == Path("nowhere")
+
+
+def test_what_a_job_writes_under_a_relative_name_stays_when_its_directory_goes(monkeypatch, tmp_path):
+    monkeypatch.setenv("R1RAY_HOME", str(tmp_path))
+    assert Settings().place(Path("reports/x.json")) == tmp_path / "reports" / "x.json"
+    assert Settings().place(Path("/data/x.json")) == Path("/data/x.json")
+    assert Settings().place(Path("~/x.json")) == Path.home() / "x.json"

@@ -184,3 +184,26 @@ def test_documents_alone_need_no_data_set(settings, tmp_path):
     tree = {"documents": {"sources": [tmp_path / "a.md"]}, "out": tmp_path / "out/x.parquet"}
     result = prepare(PrepareConfig.model_validate(tree), settings)
     assert result.out is None and (tmp_path / "out/documents/a.md").exists()
+
+
+def test_documents_of_the_same_name_stay_apart_and_other_files_are_counted(settings, tmp_path, capsys):
+    for name in ("cards", "loans"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "fees.md").write_text(f"# Fees of {name}\n\nThey are due at the end of each month.\n", encoding="utf-8")
+    (tmp_path / "loans" / "old.doc").write_bytes(b"\xd0\xcf\x11\xe0 old")
+    (tmp_path / "loans" / "rates.xlsx").write_bytes(b"PK")
+    (tmp_path / "loans" / "~$open.docx").write_bytes(b"lock")
+    tree = {
+        "documents": {"sources": [tmp_path / "cards", tmp_path / "loans"], "dialogues": True},
+        "out": "own/x.parquet",
+        "progress_s": None,
+    }
+    result = prepare(PrepareConfig.model_validate(tree), settings)
+    assert result.out == settings.home / "own" / "x.parquet", "a relative path counts from the home"
+    written = {p.relative_to(result.out.parent).as_posix(): p.read_text(encoding="utf-8") for p in result.out.parent.rglob("*.md")}
+    assert written.keys() == {"documents/fees.md", "documents/loans/fees.md"}
+    assert "# Fees of loans" in written["documents/loans/fees.md"]
+    assert json.loads(result.rejects.read_text(encoding="utf-8").splitlines()[0])["reason"] == (
+        f"{tmp_path}/loans/old.doc is a Word file of before 2007. Save it as .docx."
+    )
+    assert "left out 1 files that are no documents: 1 .xlsx" in capsys.readouterr().out
