@@ -62,6 +62,11 @@ class EngineConfig(Config):
         default=None,
         description="Sets what is not set beside it. adaptive: 4 to 32 streams, as many as get a token every 100 ms (seed 002's batches).",
     )
+    compile: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Of backend transformers: decoding passes as one compiled graph of the model (Inductor; CUDA graphs on GPUs), ready a "
+        "minute or more later; auto: on GPUs.",
+    )
     num_slots: int = Field(default=8, ge=1, le=512, description="Streams that run together.")
     tpot_objective_ms: float | None = Field(
         default=None,
@@ -125,6 +130,7 @@ class EngineConfig(Config):
         lacking = {
             "backend": self.backend != "auto",
             "device": self.device != "auto",
+            "compile": self.compile != "auto",
             "tpot_objective_ms": self.tpot_objective_ms is not None,
             "min_slots": self.min_slots != type(self).model_fields["min_slots"].default,
             "busy_beams": self.busy_beams is not None,
@@ -169,7 +175,12 @@ class EngineConfig(Config):
 
     @model_validator(mode="after")
     def _what_onnx_lacks(self) -> Self:
-        lacking = {"backend": self.backend != "auto", "dtype": self.dtype != "auto", "stages": self.stages > 1}
+        lacking = {
+            "backend": self.backend != "auto",
+            "dtype": self.dtype != "auto",
+            "stages": self.stages > 1,
+            "compile": self.compile != "auto",
+        }
         if self.type == "onnx" and (wrong := [key for key, given in lacking.items() if given]):
             raise ValueError(f"{wrong[0]}={getattr(self, wrong[0])} does not go with type onnx, whose export settled it: leave it out")
         return self

@@ -108,7 +108,11 @@ def _onnx(artifact: Artifact, config: EngineConfig, shape: PretrainedConfig) -> 
 
 def _backend(artifact: Artifact, config: EngineConfig, registry: Registry, shape: PretrainedConfig) -> Backend:
     precision = _native_precision(artifact, config, registry, shape)
-    if config.stages * config.tensor_parallel > 1:
+    is_split = config.stages * config.tensor_parallel > 1
+    if config.compile is True and (is_split or precision is not None):
+        why = "a split model computes eagerly" if is_split else "the native kernels are compiled already"
+        log.warning("engine.compile=true has no effect: %s", why)
+    if is_split:
         from r1ray.engine.split import create_split
 
         return create_split(artifact, config, registry, shape, precision)
@@ -181,12 +185,17 @@ def _tensors(artifact: Artifact, registry: Registry, dtype: Literal["float32", "
 def _transformers(artifact: Artifact, config: EngineConfig, registry: Registry) -> Backend:
     import torch
 
+    from r1ray.engine.compiled import is_wanted
     from r1ray.engine.paged import TransformersBackend
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    backend = TransformersBackend(_modules(artifact, config, registry))
-    backend.allocate(blocks_for([backend.room(wish := CacheWish.of(config))], wish))
+    model, wish = _modules(artifact, config, registry), CacheWish.of(config)
+    compiles = is_wanted(config.compile, str(model.device))
+    backend = TransformersBackend(model)
+    backend.allocate(blocks_for([backend.room(wish, compiles=compiles)], wish))
+    if compiles:
+        backend.compile_decode(wish)
     return backend
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from r1ray.engine.adapters import Adapters
 from r1ray.engine.attention import ATTENTION, leave_latents
 from r1ray.engine.backend import Immediate, Piece
+from r1ray.engine.compiled import CompiledDecode, Compiler, DecodeShapes, inductor
 from r1ray.engine.memory import CacheWish, Room, room_on
 from r1ray.engine.pages import PagedCache
 from r1ray.errors import UnsupportedModel
@@ -45,22 +46,49 @@ class TransformersBackend(Immediate):
         if latent:
             leave_latents(model)
         self._cache = PagedCache(latent=latent, gather_bytes=gather_bytes)
+        self._compiled: CompiledDecode | None = None
         self.num_blocks = 0
         self.vocab_size: int = model.config.get_text_config().vocab_size
         self.precision = str(model.dtype).removeprefix("torch.")
         if num_blocks is not None:
             self.allocate(num_blocks)
 
-    def room(self, wish: CacheWish) -> Room:
-        """What is left after loading. Tensor ranks ask at the same time: a token is computed to see what each layer keeps of it."""
+    def room(self, wish: CacheWish, *, compiles: bool = False) -> Room:
+        """What is left after loading. Tensor ranks ask at the same time: a token is computed to see what each layer keeps of it.
+
+        `compiles`: beside the eager passes, whose memory CUDA graphs cannot use.
+        """
         self._try()
-        return room_on(str(self._model.device), self._cache.bytes_per_block, self._workspace_bytes(wish))
+        workspace = self._workspace_bytes(wish) * (2 if compiles else 1)
+        return room_on(str(self._model.device), self._cache.bytes_per_block, workspace)
 
     def allocate(self, num_blocks: int) -> None:
         """The KV cache, once, before the first pass."""
         self._try()
         self._cache.allocate(num_blocks)
         self.num_blocks = num_blocks
+
+    def compile_decode(self, wish: CacheWish, *, exact: bool | None = None, compiler: Compiler = inductor) -> None:
+        """Compile decoding passes of up to `num_slots` streams and `context` positions, after `allocate`; says in the log why it cannot.
+
+        `exact`: passes are not padded; by default where no CUDA graph wants fixed shapes.
+        """
+        shapes = DecodeShapes(
+            num_slots=wish.num_slots,
+            context=wish.context,
+            most_positions=self._cache.most_positions,
+            exact=self._model.device.type != "cuda" if exact is None else exact,
+        )
+        self._cache.allocate(self.num_blocks + 1)  # padded rows write into the last one
+        try:
+            with torch.inference_mode():
+                compiled = CompiledDecode(self._model, self._cache, shapes, compiler)
+                compiled.warm_up(self.forward)
+        except Exception as error:  # torch.export, Inductor and the C++ compiler raise what they like
+            log.warning("compiled decode: none, %s stays eager: %s", type(self._model).__name__, _first_line(error))
+            self._cache.allocate(self.num_blocks)
+        else:
+            self._compiled = compiled
 
     def _try(self) -> None:
         if self._cache.keys:
@@ -81,7 +109,11 @@ class TransformersBackend(Immediate):
         return 2 * max(self._cache.gather_bytes, row) + activations + logits + mask
 
     def forward(self, pieces: Sequence[Piece]) -> Tensor:
-        """One pass per adapter: PEFT's layers apply one adapter at a time."""
+        """One pass per adapter: PEFT's layers apply one adapter at a time. The model alone is compiled, not its adapters."""
+        if self._compiled is not None and not any(piece.adapter for piece in pieces):
+            with torch.inference_mode():
+                if (found := self._compiled.logits(pieces)) is not None:
+                    return found
         logits: dict[int, list[Tensor]] = {}
         for adapter in {piece.adapter: None for piece in pieces}:
             chosen = [(number, piece) for number, piece in enumerate(pieces) if piece.adapter == adapter]
@@ -173,3 +205,8 @@ def _check_supported(model: PreTrainedModel) -> None:
         raise UnsupportedModel(f"{type(model).__name__} has {sorted(unknown)} layers; the torch engine computes softmax attention only.")
     if not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedModel(f"{type(model).__name__} does not take an attention function, as the torch engine needs. Use another one.")
+
+
+def _first_line(error: Exception) -> str:
+    """Of errors that are pages long."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

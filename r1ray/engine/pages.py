@@ -15,18 +15,19 @@ from transformers.cache_utils import Cache
 
 from r1ray.engine.backend import BLOCK_SIZE, Piece
 
-__all__ = ["Layout", "PagedCache", "Rows"]
+__all__ = ["Layout", "PagedCache", "Rows", "num_blocks_of", "padded_table"]
 
 
 @dataclass(slots=True)
 class Rows:
-    """Decoding rows [first, last) of a pass, gathered together: as long as the longest of them."""
+    """Decoding rows [first, last) of a pass, gathered together: as long as the longest of them. `alike`: all are as long."""
 
     first: int
     last: int
     longest: int
     table_RB: Tensor
     position_R: Tensor
+    alike: bool = False
     _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> Tensor | None:
@@ -36,9 +37,9 @@ class Rows:
         return self._masks[window]
 
     def _mask(self, window: int | None) -> Tensor | None:
-        position_R1 = self.position_R[:, None]
-        if window is None and bool((position_R1 == self.longest - 1).all()):
+        if window is None and self.alike:
             return None
+        position_R1 = self.position_R[:, None]
         key_L = torch.arange(self.longest, device=position_R1.device)
         mask_RL = key_L <= position_R1
         if window is not None:
@@ -46,23 +47,51 @@ class Rows:
         return mask_RL[:, None, None, :]
 
 
+@dataclass(slots=True)
 class Layout:
-    """Where the packed tokens of one pass belong. `pieces` has the decoding ones (one token each) first.
+    """Where the packed tokens of one pass belong: the rows' first, then those of the `prompts`, whose blocks are in `tables`."""
 
-    At most `most_positions` positions of decoding rows are gathered at once, and one row always.
-    """
+    position_N: Tensor
+    block_N: Tensor
+    offset_N: Tensor
+    rows: Sequence[Rows]
+    num_rows: int
+    prompts: Sequence[Piece] = ()
+    tables: Sequence[Tensor] = ()
+    _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
 
-    def __init__(self, pieces: Sequence[Piece], device: torch.device, most_positions: int) -> None:
-        self.device = device
-        self.num_rows = next((i for i, piece in enumerate(pieces) if len(piece.ids) > 1), len(pieces))
-        self.prompts = pieces[self.num_rows :]
+    @classmethod
+    def of_pieces(cls, pieces: Sequence[Piece], device: torch.device, most_positions: int) -> Layout:
+        """`pieces` has the decoding ones (one token each) first.
+
+        At most `most_positions` positions of decoding rows are gathered at once, and one row always.
+        """
+        num_rows = next((i for i, piece in enumerate(pieces) if len(piece.ids) > 1), len(pieces))
         positions = [piece.start + i for piece in pieces for i in range(len(piece.ids))]
         blocks = [piece.table[(piece.start + i) // BLOCK_SIZE] for piece in pieces for i in range(len(piece.ids))]
-        self.block_N, self.position_N = torch.tensor([blocks, positions], device=device).unbind()
-        self.offset_N = self.position_N % BLOCK_SIZE
-        self.rows = [self._rows(pieces, first, last) for first, last in _slices(pieces[: self.num_rows], most_positions)]
-        self.tables = [torch.tensor(piece.table[: _num_blocks(_end(piece))], device=device) for piece in self.prompts]
-        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
+        block_N, position_N = torch.tensor([blocks, positions], device=device).unbind()
+        prompts = pieces[num_rows:]
+        return cls(
+            position_N=position_N,
+            block_N=block_N,
+            offset_N=position_N % BLOCK_SIZE,
+            rows=[_rows(pieces, first, last, position_N) for first, last in _slices(pieces[:num_rows], most_positions)],
+            num_rows=num_rows,
+            prompts=prompts,
+            tables=[torch.tensor(piece.table[: num_blocks_of(piece)], device=device) for piece in prompts],
+        )
+
+    @classmethod
+    def of_rows(cls, position_R: Tensor, table_RB: Tensor) -> Layout:
+        """Decoding rows alone, gathered to the end of their tables: nothing here depends on what is in the tensors."""
+        num_rows, num_blocks = table_RB.shape
+        return cls(
+            position_N=position_R,
+            block_N=table_RB.gather(1, (position_R // BLOCK_SIZE)[:, None])[:, 0],
+            offset_N=position_R % BLOCK_SIZE,
+            rows=[Rows(0, num_rows, num_blocks * BLOCK_SIZE, table_RB, position_R)],
+            num_rows=num_rows,
+        )
 
     def prompt_mask(self, index: int, window: int | None) -> Tensor | None:
         """(num, start + num) causal mask of a prompt's piece; None when it is the plain triangle."""
@@ -70,19 +99,12 @@ class Layout:
             self._masks[index, window] = self._prompt_mask(self.prompts[index], window)
         return self._masks[index, window]
 
-    def _rows(self, pieces: Sequence[Piece], first: int, last: int) -> Rows:
-        longest = max(_end(piece) for piece in pieces[first:last])
-        most = _num_blocks(longest)
-        tables = [[*piece.table[:most], *([piece.table[0]] * (most - len(piece.table)))] for piece in pieces[first:last]]
-        table_RB = torch.tensor(tables, dtype=torch.long, device=self.device)
-        return Rows(first, last, longest, table_RB, self.position_N[first:last])
-
     def _prompt_mask(self, piece: Piece, window: int | None) -> Tensor | None:
-        num = len(piece.ids)
+        num, device = len(piece.ids), self.position_N.device
         if piece.start == 0 and (window is None or window >= num):
             return None
-        query_n1 = torch.arange(piece.start, piece.start + num, device=self.device)[:, None]
-        key_L = torch.arange(piece.start + num, device=self.device)
+        query_n1 = torch.arange(piece.start, piece.start + num, device=device)[:, None]
+        key_L = torch.arange(piece.start + num, device=device)
         mask = key_L <= query_n1
         return mask if window is None else mask & (key_L > query_n1 - window)
 
@@ -107,7 +129,7 @@ class PagedCache(Cache):
     @property
     def bytes_per_block(self) -> int:
         """Over all layers of this process."""
-        return sum(tensor[0].nbytes for tensor in self._tensors())
+        return sum(tensor[0].nbytes for tensor in self.tensors())
 
     def allocate(self, num_blocks: int) -> None:
         """Zeros: a masked NaN left in memory would still spoil the sum over values."""
@@ -118,11 +140,11 @@ class PagedCache(Cache):
 
     def begin(self, pieces: Sequence[Piece], device: torch.device) -> Layout:
         """Every pass starts with this."""
-        self.layout = Layout(pieces, device, self.gather_bytes // self.position_bytes)
+        self.layout = Layout.of_pieces(pieces, device, self.most_positions)
         return self.layout
 
     def clear(self, blocks: Sequence[int]) -> None:
-        for tensor in self._tensors():
+        for tensor in self.tensors():
             tensor[list(blocks)] = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - transformers' signature
@@ -155,13 +177,39 @@ class PagedCache(Cache):
         return [tensors[layer_idx] for tensors in (self.keys, self.values) if layer_idx in tensors]
 
     @property
+    def most_positions(self) -> int:
+        """Of decoding rows that are gathered at once."""
+        return self.gather_bytes // self.position_bytes
+
+    @property
     def position_bytes(self) -> int:
         """Of one position in the largest layer."""
         return max((sum(cached[0, 0].nbytes for cached in self._of(layer)) for layer in self.keys), default=1)
 
-    def _tensors(self) -> Iterator[Tensor]:
+    def tensors(self) -> Iterator[Tensor]:
+        """Of all layers."""
         yield from self.keys.values()
         yield from self.values.values()
+
+
+def padded_table(piece: Piece, num_blocks: int) -> list[int]:
+    """The blocks that a stream of such a length has, and its own first one for what is masked: another's may hold NaNs."""
+    own = piece.table[:num_blocks]
+    return [*own, *([piece.table[0]] * (num_blocks - len(own)))]
+
+
+def num_blocks_of(piece: Piece) -> int:
+    """That hold its tokens and all before them."""
+    return _num_blocks(_end(piece))
+
+
+def _rows(pieces: Sequence[Piece], first: int, last: int, position_N: Tensor) -> Rows:
+    chosen = pieces[first:last]
+    longest = max(_end(piece) for piece in chosen)
+    tables = [padded_table(piece, _num_blocks(longest)) for piece in chosen]
+    table_RB = torch.tensor(tables, dtype=torch.long, device=position_N.device)
+    alike = all(_end(piece) == longest for piece in chosen)
+    return Rows(first, last, longest, table_RB, position_N[first:last], alike)
 
 
 def _slices(decoding: Sequence[Piece], most_positions: int) -> Iterator[tuple[int, int]]:
