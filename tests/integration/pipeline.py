@@ -1,7 +1,7 @@
 """A pipeline over raylets; run by test_pipeline.py in a process of its own, since the session has a cluster.
 
-Two tiny models as 1, 2 and 3 stages, each stage on a node of its own, on both backends, once of two tensor ranks each; then a stage is
-killed under load.
+Two tiny models as 1, 2 and 3 stages, each stage on a node of its own, on both backends, once of two tensor ranks each; one stage is
+killed under load. The nodes claim GPUs, so that what wants some can be placed, too.
 Prints one JSON object: what each configuration generated, where its stages were, and what the streams saw when the stage died.
 Usage: python pipeline.py QWEN2_DIRECTORY DEEPSEEK_DIRECTORY
 """
@@ -32,6 +32,7 @@ from r1ray.registry import Registry  # noqa: E402
 from r1ray.settings import Settings  # noqa: E402
 from r1ray.types import Sampling  # noqa: E402
 
+GPUS = (("L40S", 4), ("H200", 8), ("H200", 8))
 PROMPTS = [tuple(range(20 + i, 60 + 9 * i)) for i in range(4)]
 
 
@@ -46,9 +47,13 @@ async def tokens(engine: Any, wanted: GenerationRequest) -> list[int]:
 
 
 async def generate(engine: Any) -> list[list[int]]:
+    return await asyncio.gather(*(tokens(engine, request(number)) for number in range(4)))
+
+
+async def generate_and_stop(engine: Any) -> list[list[int]]:
     await engine.start()
     try:
-        return await asyncio.gather(*(tokens(engine, request(number)) for number in range(4)))
+        return await generate(engine)
     finally:
         await engine.stop()
 
@@ -72,13 +77,15 @@ def spread_engine(artifact: Any, registry: Registry, stages: int, backend: str, 
         ray.util.get_current_placement_group = real
 
 
-async def killed(engine: Any) -> list[str]:
-    """What every running stream and a late one see when a stage dies."""
+async def generate_and_die(engine: Any) -> tuple[list[list[int]], list[str]]:
+    """What an engine generates, and then what every running stream and a late one see when a stage of it dies."""
     import ray
 
     await engine.start()
+    before = await generate(engine)
+    known = engine.stats().num_generated_tokens
     running = [asyncio.create_task(tokens(engine, request(number, 400))) for number in range(4)]
-    while engine.stats().num_generated_tokens < 8:
+    while engine.stats().num_generated_tokens < known + 8:
         await asyncio.sleep(0.005)
     ray.kill(engine._backend._workers.actors[0])
     seen = await asyncio.gather(*running, return_exceptions=True)
@@ -86,18 +93,16 @@ async def killed(engine: Any) -> list[str]:
         await tokens(engine, request(9))
     except EngineStopped as error:
         seen.append(error)
-    return [f"{type(outcome).__name__}: {outcome}" for outcome in seen] + [engine.stats().state]
+    return before, [f"{type(outcome).__name__}: {outcome}" for outcome in seen] + [engine.stats().state]
 
 
-def placed(nodes: Cluster) -> dict[str, int]:
-    """On how many nodes Ray puts the stages of serve_config.gpu.yaml's models, given nodes that claim such GPUs."""
+def placed() -> dict[str, int]:
+    """On how many nodes Ray puts the stages of serve_config.gpu.yaml's models, given the nodes' claims."""
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
     from r1ray.serve.preflight import read_app_args
 
-    for name, num_gpus in (("L40S", 4), ("H200", 8), ("H200", 8)):
-        nodes.add_node(num_cpus=10, num_gpus=num_gpus, labels={"ray.io/accelerator-type": name})
     args, _ = read_app_args(Path(__file__).parents[2] / "serve_config.gpu.yaml")
     found = {}
     for model in args.models:
@@ -108,6 +113,12 @@ def placed(nodes: Cluster) -> dict[str, int]:
         found[model.id] = len(set(table["bundles_to_node_id"].values()))
         remove_placement_group(group)
     return found
+
+
+def described(engine: Any) -> dict[str, Any]:
+    """Over how many nodes its actors are spread; this process, its first host, is outside the group."""
+    hosts = getattr(engine._backend, "hosts", [])[1:]
+    return {"nodes": len({host.node for host in hosts}), "depth": engine._backend.depth}
 
 
 def given() -> dict[str, Any]:
@@ -126,16 +137,15 @@ def main(directories: dict[str, Path]) -> None:
     settings.home.mkdir(parents=True, exist_ok=True)
     registry = Registry(settings)
     artifacts = {name: import_model(str(path), name=name, registry=registry) for name, path in directories.items()}
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     found: dict[str, Any] = {}
     try:
-        for _ in range(2):
-            nodes.add_node(num_cpus=2)
+        for name, num_gpus in GPUS:
+            nodes.add_node(num_cpus=10, num_gpus=num_gpus, labels={"ray.io/accelerator-type": name})
         os.environ["RAY_ADDRESS"] = nodes.address
         ray.init(address=nodes.address, log_to_driver=False)
         for name, stages, backend in (
             ("qwen2", 1, "auto"),
-            ("qwen2", 2, "auto"),
             ("qwen2", 3, "auto"),
             ("qwen2", 2, "transformers"),
             ("deepseek", 1, "auto"),
@@ -143,17 +153,18 @@ def main(directories: dict[str, Path]) -> None:
             ("deepseek", 3, "auto"),
         ):
             engine, group = spread_engine(artifacts[name], registry, stages, backend)
-            places = {host.node for host in getattr(engine._backend, "hosts", [])[1:]}  # this process is outside the group
-            run = {"nodes": len(places), "depth": engine._backend.depth, "tokens": asyncio.run(generate(engine))}
-            found[f"{name}/{stages}/{backend}"] = run
+            found[f"{name}/{stages}/{backend}"] = {**described(engine), "tokens": asyncio.run(generate_and_stop(engine))}
             if group is not None:
                 remove_placement_group(group)
         engine, group = spread_engine(artifacts["deepseek"], registry, 2, "auto", num_tensor=2)
-        found["tensor"] = {"nodes": [host.node for host in engine._backend.hosts[1:]], "tokens": asyncio.run(generate(engine))}
+        found["tensor"] = {"nodes": [host.node for host in engine._backend.hosts[1:]], "tokens": asyncio.run(generate_and_stop(engine))}
         remove_placement_group(group)
-        engine, _ = spread_engine(artifacts["qwen2"], registry, 2, "auto")
-        found["killed"] = asyncio.run(killed(engine))
-        found["placed"] = placed(nodes)
+        engine, group = spread_engine(artifacts["qwen2"], registry, 2, "auto")
+        run = described(engine)
+        run["tokens"], found["killed"] = asyncio.run(generate_and_die(engine))
+        found["qwen2/2/auto"] = run
+        remove_placement_group(group)
+        found["placed"] = placed()
         found["given"] = given()
         print("FOUND " + json.dumps(found), flush=True)
     finally:
