@@ -5,7 +5,8 @@ Imports without torch and ray. Says nothing about where things live (settings) o
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,7 +15,7 @@ from r1ray.data.config import DataConfig
 from r1ray.train.blocks import DistillSettings, DpoSettings, GrpoSettings, RewardModelSettings
 from r1ray.train.parallel.layout import check_combination
 
-__all__ = ["FinetuneConfig", "LoraSettings", "Parallelism", "PromptSettings", "TrainConfig"]
+__all__ = ["LEARNING_RATES", "FinetuneConfig", "LoraSettings", "Parallelism", "PromptSettings", "TrainConfig"]
 
 
 WorkerCount = Annotated[int, Field(ge=1)]
@@ -65,6 +66,8 @@ class Parallelism(Config):
         return self.tensor * self.pipeline * self.sequence
 
 
+LEARNING_RATES = {"lora": 2e-4, "full": 2e-5, "prompt": 3e-2, "prefix": 1e-2}
+"""Where `learning_rate` is not set: the LoRA paper's (arXiv 2106.09685), seed 004's, PEFT's, P-tuning v2's (arXiv 2110.07602)."""
 _OWN_MEASURES = {"dpo": "dpo.eval_share", "reward": "reward.eval_share", "grpo": "grpo.num_held_out"}
 
 
@@ -117,7 +120,10 @@ class TrainConfig(Config):
     gradient_checkpointing: bool = Field(default=False, description="Compute activations twice to store less: about a quarter slower.")
 
     learning_rate: float = Field(
-        default=2e-4, gt=0, le=1, description="Peak learning rate of AdamW (seed 004: 3e-5 for LoRA on large models)."
+        default=LEARNING_RATES["lora"],
+        gt=0,
+        le=1,
+        description="Peak learning rate of AdamW; null: the usual one of the method (seed 004: 3e-5 for LoRA on large models).",
     )
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=1, description="Share of each label spread over the whole vocabulary, in sft (seed 004: 0.1)."
@@ -172,6 +178,14 @@ class TrainConfig(Config):
         description="An exchange between workers fails when one of them is so many seconds late; more for models on slow disks.",
     )
     restart: bool = Field(default=False, description="Forget an earlier run of the same job instead of resuming it.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_method(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or given.get("learning_rate") is not None:
+            return given
+        usual = LEARNING_RATES.get(str(given.get("method", "lora")), LEARNING_RATES["lora"])
+        return {**given, "learning_rate": usual}
 
     @model_validator(mode="after")
     def _is_consistent(self) -> TrainConfig:

@@ -9,7 +9,7 @@ from r1ray.config import load_config
 from r1ray.errors import InvalidValue, UnsupportedModel
 from r1ray.model.importer import import_model
 from r1ray.train.build import trained_model
-from r1ray.train.config import FinetuneConfig
+from r1ray.train.config import LEARNING_RATES, FinetuneConfig
 from r1ray.train.loss import add_supervised_loss
 from r1ray.train.order import WorkOrder
 
@@ -103,3 +103,12 @@ def test_experts_are_adapted_by_choice_and_refused_where_there_are_none(tiny_dee
 def test_what_cannot_go_together_is_refused_in_the_config(changes, words) -> None:
     with pytest.raises(InvalidValue, match=words):
         load_config(FinetuneConfig, None, ["name=t", "data.path=x", *changes])
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "prompt", "prefix"])
+def test_each_method_has_a_learning_rate_of_its_own_until_somebody_sets_one(method) -> None:
+    def rate(*more: str) -> float:
+        return load_config(FinetuneConfig, None, ["data.path=x", f"train.method={method}", *more]).train.learning_rate
+
+    assert rate() == rate("train.learning_rate=null") == LEARNING_RATES[method]
+    assert rate("train.learning_rate=3e-4") == 3e-4
