@@ -9,14 +9,14 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from r1ray.errors import InvalidValue, ModelNotFound, RegistryError, VersionNotFound
 from r1ray.observe.client import client
 from r1ray.registry import directory
 from r1ray.registry.listing import VersionInfo
 from r1ray.settings import Settings
-from r1ray.types import Manifest
+from r1ray.types import ArtifactKind, Manifest
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
@@ -130,7 +130,7 @@ class Rows:
         return VersionInfo(
             name=row.name,
             version=int(row.version),
-            kind=notes["kind"],
+            kind=cast(ArtifactKind, notes["kind"]),  # as `create` wrote it
             created_at=notes["created_at"],
             path=self.place(row),
             weights_sha256=notes["weights_sha256"],
