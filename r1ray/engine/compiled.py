@@ -38,7 +38,7 @@ EXTRA = 2  # columns before the table: the token, its position
 
 def is_wanted(setting: bool | Literal["auto"], device: str) -> bool:
     """Whether engine.compile's `setting` compiles a model on `device`."""
-    if setting != "auto":
+    if isinstance(setting, bool):
         return setting
     is_cuda = device.startswith("cuda")
     log.info("compiled decode: %s", "yes (CUDA graphs)" if is_cuda else "no (on CPUs only with engine.compile=true)")
