@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.conftest import lively, prompts, tokens, wanted
 
 from r1ray.engine import relief
 from r1ray.engine.backend import Piece
@@ -17,6 +16,7 @@ from r1ray.engine.batching import BatchingEngine
 from r1ray.engine.config import EngineConfig
 from r1ray.engine.paged import TransformersBackend
 from r1ray.errors import GenerationFailed
+from tests.engine.conftest import lively, prompts, tokens, wanted
 
 PROMPTS = [tuple(range(30 + i, 90 + 3 * i)) for i in range(4)]
 
