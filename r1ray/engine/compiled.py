@@ -200,7 +200,7 @@ class CompiledDecode:
         packed = packed_rows(pieces, shape, self._scratch).to(self._device)
         if not self._is_cuda:
             return self._graphs[shape[0] > 1](packed)
-        torch.compiler.cudagraph_mark_step_begin()
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         return self._graphs[shape[0] > 1](packed).clone()  # the next replay writes there again
 
     @property

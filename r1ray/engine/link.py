@@ -170,7 +170,8 @@ class Link:
         log.info("sums of tensor ranks: %s (%s)", way.carrier, way.reason)
         if way.carrier == "nccl":
             return self._nccl(name, place.tensor, place.num_tensor)
-        return self._gloo(dist.PrefixStore(name, self._store), place.tensor, place.num_tensor)
+        torch_distributed: Any = dist
+        return self._gloo(torch_distributed.PrefixStore(name, self._store), place.tensor, place.num_tensor)
 
     def line(self, form: StatesForm) -> Line:
         """The way of the states through this rank, open in both directions. All ranks must ask for it.
