@@ -83,7 +83,7 @@ def disable_deepspeed_shm() -> None:
 def serve_environment(*, haproxy: bool = True) -> dict[str, str]:
     """Variables for Serve's fast data path; they must be set before Ray starts Serve (`ray start`, `serve run`).
 
-    With HAProxy a unary hop takes 1.7 instead of 7.6 ms and echo throughput is five times higher (docs/operations.md).
+    With HAProxy in front, an echo request takes a ninth of the time (docs/operations.md).
     HAProxy binds its statistics (8404) and metrics (9101) ports on ALL interfaces and has no setting for the host:
     firewall them, or pass haproxy=False.
     """
