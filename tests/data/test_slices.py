@@ -83,7 +83,7 @@ def test_a_set_is_named_by_its_bytes_and_not_by_its_place(tmp_path) -> None:
     ("name", "data", "error"),
     [
         ("x.jsonl", b"", NothingToTrain),
-        ("x.csv", b"question,answer\na,b\n", MissingColumn),
+        ("x.csv", b"colour,size\na,b\n", MissingColumn),
         ("x.jsonl", '{"text": "卡", "label": "a"}'.encode("gbk"), WrongEncoding),
         ("nothing.txt", b"x", NothingToTrain),
     ],

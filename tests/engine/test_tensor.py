@@ -255,6 +255,7 @@ def test_all_ranks_have_as_many_blocks_as_the_fullest(tiny_llama: Path, monkeypa
     monkeypatch.setattr(Threads, "start", start)
     backend = split_backend(tiny_llama, 2, 1)
     workers: Any = backend._workers
+    backend.forward([Piece(ids=[5], start=0, table=[9], num_logits=1)])  # a rank that computes has its cache
     assert backend.num_blocks == workers._workers[0].num_blocks == 10
     assert {cached.shape[0] for cached in workers._workers[0].layers._cache.keys.values()} == {10}
     backend.close()
