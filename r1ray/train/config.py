@@ -154,7 +154,7 @@ class TrainConfig(Config):
     mix: bool = Field(
         default=True, description="Draw the rows of a file of jobs/prepare_data.py as its mix plan says; false: as they come."
     )
-    group_window: int = Field(default=8, ge=1, description="Dialogues of similar length are batched within this many batches; 1 is off.")
+    group_window: int = Field(default=32, ge=1, description="Dialogues of similar length are batched within this many batches; 1 is off.")
     seed: int = Field(default=0, description="Order of the data, adapter initialisation, dropout.")
 
     eval_share: float = Field(default=0.0, ge=0, le=0.5, description="Share of the dialogues held out, by seed, to measure the loss on.")
