@@ -81,8 +81,8 @@ def plan_for(config: TrainConfig, material: Material) -> BatchPlan:
     from r1ray.train.parts import Part
 
     rows = material.chosen if isinstance(material, Part) else None
-    shape = (config.batch_size, config.num_epochs, config.seed)
-    return MixedPlan(material.lengths(), *shape, group_window=1, tokens=material.path, rows=rows)
+    shape = (config.batch_size, config.num_epochs, config.seed, config.group_window)
+    return MixedPlan(material.lengths(), *shape, tokens=material.path, rows=rows)
 
 
 def resolve_order(

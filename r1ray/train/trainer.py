@@ -163,6 +163,10 @@ class PacedTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002 - the base's
+        """Of nobody's interest here; the base's walks through all modules in every pass, 8 ms of a LoRA model of 135M parameters."""
+        return 0
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """By the rank that writes, from the tensors that it holds: accelerate would first copy the whole model to every rank's memory.
 

@@ -12,6 +12,7 @@ from r1ray.config import load_config
 from r1ray.data.demo import demo_conversations
 from r1ray.data.prepare.config import PrepareConfig
 from r1ray.data.prepare.pipeline import prepare
+from r1ray.data.prepare.plan import Walk
 from r1ray.data.write import write_parquet
 from r1ray.model.importer import import_model
 from r1ray.train.config import FinetuneConfig
@@ -59,6 +60,31 @@ def test_batches_follow_the_stages_of_the_plan(prepared, base, settings) -> None
     shares = [plan.micro_batches(3, rank=rank, num_workers=2, accumulation=2) for rank in (0, 1)]
     assert sorted(row for rank in shares for rows in rank for row in rows) == sorted(plan.batch(3))
     assert 0 <= plan.padding_share(2, 2) < 1
+
+
+@pytest.mark.parametrize(("short_share", "most"), [(0.4, 0.9), (None, 0.5)], ids=["short rows in each batch", "lengths as they come"])
+def test_batches_of_a_window_are_alike_in_length_and_have_of_each_kind_what_the_plan_gave(
+    settings, base, tmp_path, short_share, most
+) -> None:
+    rows = demo_conversations("train")
+    parts = {"domain": rows[:300], "history": rows[300:400]}
+    sources = [{"path": write_parquet(part, tmp_path / f"{role}.parquet"), "role": role} for role, part in parts.items()]
+    tree = {"sources": sources, "out": tmp_path / "x.parquet", "mix": {"short_share": short_share}, "progress_s": None}
+    chosen = config(prepare(PrepareConfig.model_validate(tree), settings).out, "train.num_epochs=2")
+    _, tokens = material(chosen, base, settings)
+    apart, grouped = (plan_for(chosen.train.model_copy(update={"group_window": window}), tokens) for window in (1, 8))
+    walk = Walk(tokens.path, batch_size=8, seed=chosen.train.seed)
+    steps = range(2 * apart.steps_per_epoch)
+    for step in steps:
+        drawn, changed = apart.batch(step), grouped.batch(step)
+        assert sorted(drawn) == sorted(walk.batch()), "a window of one batch is the plan's own"
+        assert Counter(walk.kinds[list(drawn)]) == Counter(walk.kinds[list(changed)])
+    for epoch in range(2):
+        of_epoch = steps[epoch * apart.steps_per_epoch : (epoch + 1) * apart.steps_per_epoch]
+        for window in (of_epoch[start : start + 8] for start in range(0, len(of_epoch), 8)):
+            first, second = (sorted(row for step in window for row in plan.batch(step)) for plan in (apart, grouped))
+            assert first == second
+    assert grouped.padding_share(1, 2) < most * apart.padding_share(1, 2)
 
 
 def test_without_the_mix_the_same_file_is_another_run_in_plain_order(prepared, base, settings) -> None:

@@ -100,6 +100,8 @@ class Walk:
         lengths = {role: chars[numbers] for role, numbers in self._rows.items()}
         self._short = None if plan.short_share is None else ShortSamples(lengths=lengths, share=plan.short_share, longest=plan.short_chars)
         sizes = {role: len(numbers) for role, numbers in self._rows.items()}
+        self.kinds = self._kinds()
+        """Of each row a number for its role and whether it is short: rows of one kind may stand for each other in the plan."""
         self._mixture = Mixture(stages=plan.stages, sources=sizes, batch_size=batch_size, seed=seed, short=self._short)
 
     @property
@@ -109,6 +111,14 @@ class Walk:
             return {}
         found = {role: np.asarray(chars)[self._short.are_short(role, len(chars))] for role, chars in self._short.lengths.items()}
         return {role: int(chars.max()) for role, chars in found.items() if len(chars)}
+
+    def _kinds(self) -> npt.NDArray[np.int32]:
+        found = np.empty(sum(len(numbers) for numbers in self._rows.values()), np.int32)
+        for place, (role, numbers) in enumerate(self._rows.items()):
+            found[numbers] = 2 * place
+            if self._short is not None:
+                found[numbers] += self._short.are_short(role, len(numbers))
+        return found
 
     def batch(self) -> list[int]:
         """The rows of the next step.
