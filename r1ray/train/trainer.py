@@ -6,7 +6,7 @@ All else is TRL's, transformers' and DeepSpeed's: the loop, gradient accumulatio
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,13 +70,16 @@ class Paced(Protocol):
 
 @dataclass(slots=True)
 class Tally:
-    """Summed loss of this rank's forward passes since it was last taken."""
+    """Summed loss of this rank's forward passes since it was last taken. Only then is it read from a GPU, so that no pass waits for it."""
 
-    nll: float = 0.0
+    _passes: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, summed: torch.Tensor) -> None:
+        self._passes.append(summed.detach())
 
     def take(self) -> float:
-        taken, self.nll = self.nll, 0.0
-        return taken
+        taken, self._passes = self._passes, []
+        return sum(torch.stack(taken).tolist()) if taken else 0.0
 
 
 class PacedTrainer(Trainer):
@@ -144,7 +147,7 @@ class PacedTrainer(Trainer):
         tensor each have the whole loss.
         """
         layout = self.layout or Layout(world=self.accelerator.num_processes)
-        self.tally.nll += summed.item() / layout.tensor
+        self.tally.add(summed / layout.tensor)
         return summed * layout.data / num_items
 
     def get_train_dataloader(self) -> Any:
@@ -259,4 +262,5 @@ def common_arguments(
         "log_level": "error",
         "remove_unused_columns": False,
         "average_tokens_across_devices": False,
+        "logging_nan_inf_filter": False,  # would read the loss of every pass from the GPU; the exchange between the ranks looks at it
     }

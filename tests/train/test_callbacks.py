@@ -4,6 +4,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from r1ray.errors import TrainingError
 from r1ray.train.callbacks import Pace
@@ -17,7 +18,8 @@ class FakeTrainer:
     """What the callback asks of its trainer: ten tokens per step, a fixed rate."""
 
     def __init__(self, nll: float) -> None:
-        self.tally = Tally(nll)
+        self.tally = Tally()
+        self.tally.add(torch.tensor(nll))
         self.feed = SimpleNamespace(num_trained=lambda _: 10, num_tokens=lambda _: 20)
         self.schedule = Schedule(100, 0.05, 0.1, max_seconds=60)
         self.learning_rate = 0.5

@@ -146,7 +146,7 @@ class GroupTrainer(PacedTrainer, GRPOTrainer):
         loss: torch.Tensor = super().compute_loss(model, inputs)
         if self.loss_type != "dapo":  # dapo divides by all tokens of the step, the others by this pass' answers
             loss = loss * len(inputs["advantages"]) * self.args.gradient_accumulation_steps * self._world / num_items_in_batch
-        self.tally.nll += loss.item() * int(num_items_in_batch) / self._world
+        self.tally.add(loss * num_items_in_batch / self._world)
         self._mark(inputs)
         return loss
 

@@ -125,7 +125,7 @@ class PipelineTrainer:
     def _loss(self, hidden_BTD: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
         """DeepSpeed averages over passes and over the workers that compute different rows."""
         summed = self._stages.loss(hidden_BTD, labels_BT)
-        self.tally.nll += summed.item()
+        self.tally.add(summed)
         return summed * self._bench.accumulation * self._bench.layout.data / self._num_trained
 
     def _groups(self, decayed: set[str]) -> list[dict[str, Any]]:
