@@ -4,9 +4,10 @@
 
 SmolLM2-135M in bfloat16 on the bank demo's dialogues, 2 workers of one compute thread each, the same batches and the same loss for all.
 `ours` is what jobs/finetune.py runs: Ray Train, TRL's trainer, DeepSpeed ZeRO-2, float32 masters, progress and reports. `ddp` has no
-masters and does less. `deepspeed` is the same configuration in a bare loop, so ours / deepspeed is the share of Ray and TRL. `scaling` is
-one worker against two, one thread each. All train by turns, round after round, on the same batches: a figure is the median step without
-the first two of each round, a ratio the median of the ratios step by step, memory the largest worker's peak.
+masters and does less; its LoRA layers are PEFT's, `ddp-fused` computes them as we do. `deepspeed` is our configuration and our layers in a
+bare loop, so ours / deepspeed is the share of Ray and TRL. `scaling` is one worker against two, one thread each. All train by turns, round
+after round, on the same batches: a figure is the median step without the first two of each round, a ratio the median of the ratios step by
+step, memory the largest worker's peak.
 """
 
 from __future__ import annotations
@@ -148,10 +149,14 @@ def row(order: Any, what: str, seconds: list[float], tokens: list[int], peak: in
 
 
 def rounds(turns: list[Callable[[], Row]], number: int) -> list[Row]:
-    rows = [turn() for turn in turns]
-    for _ in range(number - 1):
-        rows = [row + turn() for row, turn in zip(rows, turns, strict=True)]
-    return rows
+    """Each round begins with another one, so that none profits from its place in a round."""
+    rows: dict[int, Row] = {}
+    for first in range(number):
+        for place in range(len(turns)):
+            at = (first + place) % len(turns)
+            row = turns[at]()
+            rows[at] = rows[at] + row if at in rows else row
+    return [rows[at] for at in range(len(turns))]
 
 
 def show(rows: list[Row]) -> None:
@@ -160,7 +165,9 @@ def show(rows: list[Row]) -> None:
     for each in rows:
         ratio = wanted = ""
         against = by.get((each.method, "ours", 2))
-        if each.what != "ours" and against is not None:
+        if each.what == "ddp-fused" and against is not None:
+            ratio = f"ours {against.over(each):.2f}x"
+        elif each.what != "ours" and against is not None:
             limit = WANTED[each.method] if each.what == "ddp" else RAY_SHARE
             value = against.over(each)
             ratio, wanted = f"ours {value:.2f}x", f"at most {limit:.2f}x{'' if value <= limit else '  MISSED'}"
@@ -187,6 +194,8 @@ def main() -> None:
             if method in parts:
                 two = ordered(method, 2, arguments.steps, settings)
                 turns = [partial(peer, two, "ddp", place), partial(ours, two), partial(peer, two, "deepspeed", place)]
+                if method == "lora":
+                    turns.append(partial(peer, two, "ddp-fused", place))
                 if method == "lora" and "scaling" in parts:
                     turns.append(partial(ours, ordered(method, 1, arguments.steps, settings)))
                 rows += rounds(turns, arguments.rounds)

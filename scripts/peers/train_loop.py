@@ -1,7 +1,8 @@
 """One rank of the same training without Ray and without TRL: torch DDP, or DeepSpeed's own loop. Run by scripts/bench train.
 
-The model, the batches and the loss are r1ray's (a pickled WorkOrder), so that only the machinery around a step differs. DDP keeps its
-weights and AdamW's states in the training dtype, DeepSpeed has float32 masters besides, as r1ray's own runs do.
+The batches and the loss are r1ray's (a pickled WorkOrder), the model too: so that only the machinery around a step differs. `ddp` has
+PEFT's LoRA layers as they come, `ddp-fused` and `deepspeed` compute them as r1ray does. DDP keeps its weights and AdamW's states in the
+training dtype, DeepSpeed has float32 masters besides, as r1ray's own runs do.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from r1ray.environment import disable_deepspeed_shm
 from r1ray.train.batches import accumulation_steps
 from r1ray.train.build import trained_model
 from r1ray.train.feed import Feed
+from r1ray.train.fused import fuse_adapters
 from r1ray.train.loss import add_supervised_loss
 from r1ray.train.order import WorkOrder, plan_for
 from r1ray.train.zero import deepspeed_config
@@ -67,7 +69,7 @@ class DeepSpeed:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("framework", choices=("ddp", "deepspeed"))
+    parser.add_argument("framework", choices=("ddp", "ddp-fused", "deepspeed"))
     parser.add_argument("order", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
@@ -84,8 +86,10 @@ def main() -> None:
         accumulation=accumulation, pad_id=0,
     )  # fmt: skip
     model = trained_model(order)
+    if arguments.framework != "ddp":
+        fuse_adapters(model)
     add_supervised_loss(model.get_base_model() if hasattr(model, "get_base_model") else model)  # type: ignore[operator]
-    runner = (Ddp if arguments.framework == "ddp" else DeepSpeed)(model, order, accumulation)
+    runner = (DeepSpeed if arguments.framework == "deepspeed" else Ddp)(model, order, accumulation)
     seconds = []
     for step in range(order.num_steps):
         dist.barrier()

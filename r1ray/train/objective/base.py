@@ -91,6 +91,10 @@ class Bench:
             from r1ray.train.parallel.tensor import share_tensors
 
             share_tensors(model, self.layout)
+        if self.order.config.method == "lora" and self.order.config.zero_stage < 3:
+            from r1ray.train.fused import fuse_adapters
+
+            fuse_adapters(model)
         return model
 
     def sliced(self, feed: Feed) -> Feed | SlicedFeed:
