@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -33,32 +34,47 @@ from r1ray.registry import Registry  # noqa: E402
 from r1ray.types import Sampling  # noqa: E402
 
 CONCURRENCY = 32
+ROUNDS = 5
 console = Console()
 
 
-def rate(engine: Any) -> float:
-    """Tokens per second, the fastest of three."""
-    best = 0.0
-    for run in range(4):
-        sampling = Sampling(temperature=0, max_tokens=NUM_NEW if run else 4)
-        requests = [
-            GenerationRequest(id=f"{run}-{i}", prompt_ids=tuple(ids), sampling=sampling, ignore_eos=True)
-            for i, ids in enumerate(prompts(CONCURRENCY, 50 + run))
-        ]
-        start = time.perf_counter()
-        generate_all(engine, requests)
-        best = max(best, CONCURRENCY * NUM_NEW / (time.perf_counter() - start)) if run else best
-    return best
+def generated(engine: Any, seed: int, num_new: int = NUM_NEW) -> float:
+    """Tokens per second of 32 requests at once, whose prompts `seed` chooses."""
+    sampling = Sampling(temperature=0, max_tokens=num_new)
+    requests = [
+        GenerationRequest(id=f"{seed}-{i}", prompt_ids=tuple(ids), sampling=sampling, ignore_eos=True)
+        for i, ids in enumerate(prompts(CONCURRENCY, seed))
+    ]
+    start = time.perf_counter()
+    generate_all(engine, requests)
+    return CONCURRENCY * num_new / (time.perf_counter() - start)
 
 
 def pass_ms(backend: Any) -> float:
-    """A pass of one token, the fastest of fifty."""
+    """A pass of one token, the fastest of ten."""
     times = []
-    for _ in range(50):
+    for _ in range(10):
         start = time.perf_counter()
         backend.forward([Piece(ids=[7], start=0, table=[0], num_logits=1)])
         times.append(time.perf_counter() - start)
     return 1000 * min(times)
+
+
+def compared(alone: Any, pipeline: Any) -> dict[str, float]:
+    """Both by turns, so that a slow minute of the machine is no difference between them."""
+    passes = [(pass_ms(alone.backend), pass_ms(pipeline.backend)) for _ in range(ROUNDS)]
+    for engine in (alone, pipeline):
+        generated(engine, 49, num_new=4)
+    rates = [(generated(alone, 50 + number), generated(pipeline, 50 + number)) for number in range(ROUNDS)]
+    one, two = (min(column) for column in zip(*passes, strict=True))
+    return {
+        "one process: ms per token alone": one,
+        "one process: tokens/s": statistics.median(rate for rate, _ in rates),
+        "passes under way": pipeline.backend.depth,
+        "hop ms": (two - one) / 2,
+        "tokens/s": statistics.median(rate for _, rate in rates),
+        "of one process": statistics.median(theirs / own for own, theirs in rates),
+    }
 
 
 def main() -> None:
@@ -80,23 +96,15 @@ def main() -> None:
         return create_engine(artifact, EngineConfig(stages=stages, num_threads=num_threads, **common), registry)  # type: ignore[arg-type]
 
     found: dict[str, float] = {}
-    for num_threads in (2, 1):
-        alone = engine(1, num_threads)
-        found[f"one process, {num_threads} threads: ms per token alone"] = pass_ms(alone.backend)
-        found[f"one process, {num_threads} threads: tokens/s"] = rate(alone)
-        asyncio.run(alone.stop())
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         nodes.add_node(num_cpus=1)
         ray.init(address=nodes.address, log_to_driver=False)
-        for name, num_threads in (("in turns, 2 threads each", 2), ("at once, 1 thread each", 1)):
-            pipeline = engine(2, num_threads)
-            found[f"two stages {name}: passes under way"] = pipeline.backend.depth
-            alone_ms = found[f"one process, {num_threads} threads: ms per token alone"]
-            found[f"two stages {name}: hop ms"] = (pass_ms(pipeline.backend) - alone_ms) / 2
-            found[f"two stages {name}: tokens/s"] = rate(pipeline)
-            asyncio.run(pipeline.stop())
-            found[f"two stages {name}: of one process"] = found[f"two stages {name}: tokens/s"] / found["one process, 2 threads: tokens/s"]
+        for name, num_threads, own_threads in (("in turns, 2 threads each", 2, 2), ("at once, 1 thread each", 1, 2)):
+            alone, pipeline = engine(1, own_threads), engine(2, num_threads)
+            found |= {f"two stages {name}: {what}": value for what, value in compared(alone, pipeline).items()}
+            for each in (alone, pipeline):
+                asyncio.run(each.stop())
     finally:
         ray.shutdown()
         nodes.shutdown()

@@ -100,6 +100,16 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """On which an adapter can have tensors of more than the 100,000 numbers that ZeRO-3 leaves whole on every rank."""
+    from transformers import Qwen2Config
+
+    shape = {"hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 1, **HEADS}
+    config = Qwen2Config(**shape, **_common(eos="<|im_end|>"), tie_word_embeddings=True)
+    return _save(tmp_path_factory.mktemp("wide_qwen2"), config, CHATML_WITH_DEFAULT)
+
+
+@pytest.fixture(scope="session")
 def tiny_deepseek_v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """R1's own architecture: latent attention (MLA), one dense and one expert layer, R1's shipped chat template."""
     from transformers import DeepseekV3Config

@@ -182,23 +182,37 @@ class PacedTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """By the rank that writes, from the tensors that it holds: accelerate would first copy the whole model to every rank's memory.
 
-        Where a tensor is split, it is put together when its turn to be written comes; an adapter at ZeRO-3 is gathered before. Of all
-        weights at ZeRO-3 the ranks' shards are kept until the end.
+        Where a tensor is split, it is put together when its turn to be written comes, of an adapter at ZeRO-3 before. Of all weights at
+        ZeRO-3 the ranks' shards are kept until the end.
         """
         engine = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
-        zero = engine.engine.config.get("zero_optimization", {}) if engine is not None else {}
-        if zero.get("stage3_gather_16bit_weights_on_model_save"):
-            super().save_model(output_dir, _internal_call)
-        elif output_dir is None:
+        is_partitioned = engine is not None and engine.engine.config.get("zero_optimization", {}).get("stage") == 3
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if output_dir is None:
             return
+        if is_partitioned and hasattr(model, "peft_config"):
+            self._save_gathered(model, output_dir)
         elif self.layout is not None and self.layout.tensor > 1:
             self._save_parts(output_dir, self.layout)
         elif not self.args.should_save:
             return
-        elif zero.get("stage") == 3:
-            _describe(self.accelerator.unwrap_model(self.model), output_dir)
+        elif is_partitioned:
+            _describe(model, output_dir)
         else:
             self._save(output_dir)
+
+    def _save_gathered(self, model: Any, output_dir: str) -> None:
+        """By all ranks, of which each has a part of every tensor of the adapter; the base stays in parts."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        trained = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                with GatheredParameters([parameter]):
+                    if self.args.should_save:
+                        trained[name] = parameter.detach().to("cpu", copy=True)
+        if trained:
+            self._save(output_dir, trained)
 
     def _save_parts(self, output_dir: str, layout: Layout) -> None:
         """By those workers together that hold one copy of the model; of an adapter only what is its own."""
@@ -223,6 +237,11 @@ class PacedTrainer(Trainer):
             return
         if state_dict is None and output_dir is not None and not hasattr(model, "peft_config"):
             _write(model, model.state_dict(), output_dir)
+        elif state_dict is not None and model.active_peft_config.is_prompt_learning:
+            (rows,) = state_dict.values()  # PEFT would compute them from what this rank holds
+            model.get_prompt_embedding_to_save = lambda _adapter: rows
+            super()._save(output_dir, state_dict)
+            del model.get_prompt_embedding_to_save
         else:
             super()._save(output_dir, state_dict)
 

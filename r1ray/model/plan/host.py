@@ -10,7 +10,7 @@ of weights that are stored in another number type than they are trained in, and 
 | start, ZeRO-3 | the experts of a layer, on the node of rank 0, which deals the base out |
 | start, tensor or pipeline | the copies of the whole base on every worker; a tensor part |
 | training | what is offloaded |
-| saving | the largest piece that is copied at once: each worker's float32 masters, and below ZeRO-3 rank 0's trained weights |
+| saving | the largest piece that is copied at once: each worker's float32 masters, and rank 0's trained weights, at ZeRO-3 an adapter's |
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def host_memory(
         processes=num * assumptions.worker_host_gib * GIB,
         start=_start(shape, wish, pool, trainable),
         training=num * memory.host,
-        saving=num * masters + (held * size if wish.zero_stage < 3 else 0.0),
+        saving=num * masters + (held * size if wish.zero_stage < 3 or wish.method != "full" else 0.0),
     )
 
 

@@ -45,11 +45,14 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> TokenSet:
 
 
 @pytest.fixture(scope="session")
-def bases(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_qwen2: Path, tiny_deepseek_v3: Path) -> dict[str, Artifact]:
+def bases(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_qwen2: Path, wide_qwen2: Path, tiny_deepseek_v3: Path
+) -> dict[str, Artifact]:
     registry = Registry(Settings(home=tmp_path_factory.mktemp("home")))
     return {
         "llama": import_model(str(tiny_llama), name="tiny-llama", registry=registry),
         "qwen2": import_model(str(tiny_qwen2), name="tiny-qwen2", registry=registry),
+        "wide": import_model(str(wide_qwen2), name="wide-qwen2", registry=registry),
         "deepseek_v3": import_model(str(tiny_deepseek_v3), name="tiny-r1", registry=registry),
     }
 

@@ -103,6 +103,23 @@ def test_an_adapter_is_saved_alone_whatever_of_it_the_writing_rank_holds(train, 
     assert not list(found.glob("model*.safetensors"))
 
 
+WIDE = {
+    "lora": (*LORA, "train.lora.rank=512", "train.lora.alpha=64"),
+    "prompt": ("train.method=prompt", "train.prompt.num_virtual_tokens=512", "train.learning_rate=2e-2"),
+}
+
+
+@pytest.mark.parametrize("method", WIDE)
+def test_an_adapter_that_zero_3_splits_is_saved_whole(train, method) -> None:
+    runs = (train("wide", "train.zero_stage=0", *WIDE[method], world=1), train("wide", "train.zero_stage=3", *WIDE[method]))
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-4)
+    saved = [checkpoint.last_good(run) for run in runs]
+    right, here = (load_file(good[0] / "adapter_model.safetensors") for good in saved if good is not None)
+    assert {name: tensor.shape for name, tensor in here.items()} == {name: tensor.shape for name, tensor in right.items()}
+    assert max(tensor.numel() for tensor in right.values()) > 100_000
+    assert all((here[name] - tensor).abs().mean() < 1e-3 for name, tensor in right.items()), "AdamW steps are of 2e-2"
+
+
 def weights(directory) -> dict[str, torch.Tensor]:
     """Of the run's last checkpoint, as export takes them; a matrix that is tied to the embedding may be there once or twice."""
     good = checkpoint.last_good(directory)
