@@ -35,6 +35,7 @@ from r1ray.types import Sampling  # noqa: E402
 
 CONCURRENCY = 32
 ROUNDS = 5
+STAGES = {"two stages in turns, 2 threads each": 2, "two stages at once, 1 thread each": 1}
 console = Console()
 
 
@@ -60,18 +61,18 @@ def pass_ms(backend: Any) -> float:
     return 1000 * min(times)
 
 
-def compared(alone: Any, pipeline: Any) -> dict[str, float]:
-    """Both by turns, so that a slow minute of the machine is no difference between them."""
-    passes = [(pass_ms(alone.backend), pass_ms(pipeline.backend)) for _ in range(ROUNDS)]
+def compared(pipeline: Any, alone: Any, as_many_threads: Any) -> dict[str, float]:
+    """By turns, so that a slow minute of the machine is no difference between them; `as_many_threads` is one process with a stage's own."""
+    passes = [(pass_ms(as_many_threads.backend), pass_ms(pipeline.backend)) for _ in range(ROUNDS)]
     for engine in (alone, pipeline):
         generated(engine, 49, num_new=4)
     rates = [(generated(alone, 50 + number), generated(pipeline, 50 + number)) for number in range(ROUNDS)]
     one, two = (min(column) for column in zip(*passes, strict=True))
     return {
-        "one process: ms per token alone": one,
-        "one process: tokens/s": statistics.median(rate for rate, _ in rates),
         "passes under way": pipeline.backend.depth,
+        "one process: ms of a pass": one,
         "hop ms": (two - one) / 2,
+        "one process: tokens/s": statistics.median(rate for rate, _ in rates),
         "tokens/s": statistics.median(rate for _, rate in rates),
         "of one process": statistics.median(theirs / own for own, theirs in rates),
     }
@@ -100,11 +101,13 @@ def main() -> None:
     try:
         nodes.add_node(num_cpus=1)
         ray.init(address=nodes.address, log_to_driver=False)
-        for name, num_threads, own_threads in (("in turns, 2 threads each", 2, 2), ("at once, 1 thread each", 1, 2)):
-            alone, pipeline = engine(1, own_threads), engine(2, num_threads)
-            found |= {f"two stages {name}: {what}": value for what, value in compared(alone, pipeline).items()}
-            for each in (alone, pipeline):
-                asyncio.run(each.stop())
+        alone = {num_threads: engine(1, num_threads) for num_threads in STAGES.values()}
+        for name, num_threads in STAGES.items():
+            pipeline = engine(2, num_threads)
+            found |= {f"{name}: {what}": value for what, value in compared(pipeline, alone[2], alone[num_threads]).items()}
+            asyncio.run(pipeline.stop())
+        for each in alone.values():
+            asyncio.run(each.stop())
     finally:
         ray.shutdown()
         nodes.shutdown()

@@ -46,8 +46,7 @@ from bench_plan import largest_resident  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 2
-WANTED = {"lora": 1.05, "full": 1.35}
-RAY_SHARE = 1.05
+LIMITS = {("lora", "ddp"): 1.05, ("full", "ddp"): 1.35, ("lora", "deepspeed"): 1.05, ("full", "deepspeed"): 1.05}
 SCALING = 1.8
 console = Console()
 console = console if console.is_terminal else Console(width=120)
@@ -165,12 +164,11 @@ def show(rows: list[Row]) -> None:
     for each in rows:
         ratio = wanted = ""
         against = by.get((each.method, "ours", 2))
-        if each.what == "ddp-fused" and against is not None:
-            ratio = f"ours {against.over(each):.2f}x"
-        elif each.what != "ours" and against is not None:
-            limit = WANTED[each.method] if each.what == "ddp" else RAY_SHARE
-            value = against.over(each)
-            ratio, wanted = f"ours {value:.2f}x", f"at most {limit:.2f}x{'' if value <= limit else '  MISSED'}"
+        if each.what != "ours" and against is not None:
+            value, limit = against.over(each), LIMITS.get((each.method, each.what))
+            ratio = f"ours {value:.2f}x"
+            if limit is not None:
+                wanted = f"at most {limit:.2f}x{'' if value <= limit else '  MISSED'}"
         elif each.workers == 1 and against is not None:
             value = each.over(against)
             ratio, wanted = f"2 workers {value:.2f}x faster", f"at least {SCALING:.1f}x{'' if value >= SCALING else '  MISSED'}"

@@ -2,7 +2,7 @@
 
 PEFT adds up separate products. Each makes a tensor as large as the layer's output: the adapter's part, its scaled copy, their sum, and in
 the backward pass two gradients of x and theirs. Here the adapter's products are added in place and the scale goes to the narrow tensor
-between A and B: 2 % of a LoRA step on a CPU (docs/training.md), and one rounding in place of three.
+between A and B: 3 % of a LoRA step on a CPU (docs/training.md), and one rounding in place of three.
 
 What PEFT's layer does beside (dropout, DoRA, split, quantised or partitioned weights, switched off or merged adapters) stays with it.
 Shapes: N positions of all rows, I inputs, O outputs, R rank.
