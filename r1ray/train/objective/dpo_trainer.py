@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import prepare_deepspeed
 
@@ -66,11 +67,11 @@ class PreferenceTrainer(PairTrainer, DPOTrainer):
         known = self._agreed(reference)
         missing = [row for row in wanted if row not in known]
         if missing:
-            engine = prepare_deepspeed(self.model, self.accelerator) if self.is_deepspeed_enabled else self.model
+            model = prepare_deepspeed(self.model, self.accelerator) if is_deepspeed_zero3_enabled() else self.model  # it gathers the parts
             for start in range(0, len(missing), _ROWS_AT_ONCE):
                 block = missing[start : start + _ROWS_AT_ONCE]
                 rows = [self.feed.rows[row] if row < num else self.judged_rows[row - num] for row in block]
-                computed = self.scored(engine, rows, self.compute_ref_log_probs)
+                computed = self.scored(model, rows, self.compute_ref_log_probs)
                 added = {block[place]: scores for place, scores in computed.items()}
                 known |= added
                 if self.accelerator.is_main_process:
