@@ -49,7 +49,8 @@ class PromptSettings(Config):
     init_text: str | None = Field(
         default="You are a helpful assistant who answers the customer's question exactly.",
         min_length=1,
-        description="What they mean before training, repeated to fill them; null begins with random words (prompt) or numbers (prefix).",
+        description="What they mean before training, repeated to fill them; of labels their names (docs/training.md). "
+        "null: random words (prompt) or numbers (prefix).",
     )
 
 
