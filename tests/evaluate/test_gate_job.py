@@ -12,9 +12,10 @@ from r1ray.config import load_config
 from r1ray.data.config import DataConfig
 from r1ray.data.read import read_conversations
 from r1ray.errors import EvaluationError, PromotionRefused
+from r1ray.evaluate.gate import merge
 from r1ray.evaluate.gate.config import GateConfig
 from r1ray.evaluate.gate.job import gate
-from r1ray.evaluate.gate.merge import can_be_merged, merge_agreement
+from r1ray.evaluate.gate.merge import agree, can_be_merged, merge_agreement
 from r1ray.model.adapters import lora, prompt_tuning
 from r1ray.model.family import family_of
 from r1ray.model.importer import import_model
@@ -116,3 +117,19 @@ def test_a_merge_in_float32_agrees_with_its_adapter(versions, data, tmp_path) ->
     assert merge_agreement(made, dialogues, versions, device="cpu") >= 0.9
     assert not can_be_merged(base)
     assert not can_be_merged(adapter(base, versions, tmp_path / "b", prompt_tuning(32, None, base.path)))
+
+
+def test_a_merge_that_loses_the_adapter_is_found(versions, data, tmp_path, monkeypatch) -> None:
+    base = versions.resolve("tiny@1")
+    made = adapter(base, versions, tmp_path / "a", lora(family_of({"model_type": "llama"}), rank=4), value=0.5)
+    dialogues = read_conversations(DataConfig(path=data)).conversations
+    usual = merge.load_model
+    monkeypatch.setattr(merge, "load_model", lambda wanted, **how: usual(base if how.get("merge", True) else wanted, **how))
+    assert merge_agreement(made, dialogues, versions, device="cpu") < 0.5
+
+
+def test_tokens_that_only_rounding_tells_apart_are_the_same_choice() -> None:
+    logits = torch.tensor([[20.0, 19.75, 19.5, 1.0]]).expand(4, -1)
+    chosen = torch.arange(4)
+    assert agree(logits.bfloat16(), chosen).tolist() == [True, True, False, False]  # steps of 0.125
+    assert agree(logits, chosen).tolist() == [True, False, False, False]

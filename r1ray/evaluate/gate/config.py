@@ -58,7 +58,7 @@ class MergeGate(Config):
     """A merged adapter must answer as the adapter beside its base does."""
 
     num_prompts: int = Field(default=8, ge=1, description="Dialogues of the first set that are compared.")
-    at_least: float = Field(default=0.98, ge=0, le=1, description="Share of answer tokens on which both predict the same next one.")
+    at_least: float = Field(default=0.98, ge=0, le=1, description="Share of answer tokens that both choose, up to rounding.")
 
 
 class GateConfig(Config):

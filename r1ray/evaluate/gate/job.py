@@ -133,7 +133,7 @@ def _checks(hearing: _Hearing) -> list[Check]:
         first = next(iter(hearing.sets.values()))
         device = choose_device(hearing.config.engine.device)
         agreement = merge_agreement(hearing.candidate, first[: merge.num_prompts], hearing.registry, device=device)
-        said = f"merged and unmerged predict the same token {agreement:.4g} of the time, at least {merge.at_least:g} wanted"
+        said = f"merged and unmerged choose the same token, up to rounding, {agreement:.4g} of the time, at least {merge.at_least:g} wanted"
         checks.append(Check(what="merge", passed=agreement >= merge.at_least, value=agreement, limit=merge.at_least, said=said))
     return checks
 
