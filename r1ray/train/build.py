@@ -69,9 +69,9 @@ def _settings(order: WorkOrder) -> PeftConfig:
 
     config = order.config
     if config.method == "prompt":
-        return prompt_tuning(config.prompt.num_virtual_tokens, config.prompt.init_text, order.base.path)
+        return prompt_tuning(_num_positions(order), config.prompt.init_text, order.base.path)
     if config.method == "prefix":
-        return prefix_tuning(config.prompt.num_virtual_tokens)
+        return prefix_tuning(_num_positions(order))
     shape, family = config.lora, family_of(read_json(order.base.path / "config.json"))
     if shape.experts and not family.has_experts:
         raise UnsupportedModel(f"train.lora.experts=true, but {order.base.ref} ({family.name}) has no experts. Set it to false.")
@@ -88,6 +88,13 @@ def _settings(order: WorkOrder) -> PeftConfig:
     if config.objective == "reward":
         chosen.task_type, chosen.modules_to_save = TaskType.SEQ_CLS, ["score"]
     return chosen
+
+
+def _num_positions(order: WorkOrder) -> int:
+    from r1ray.model.load import load_tokenizer
+    from r1ray.train.soft_prompt import num_positions
+
+    return num_positions(order.config.prompt, load_tokenizer(order.base))
 
 
 def _with_head(order: WorkOrder) -> PreTrainedModel:
@@ -109,7 +116,7 @@ def _begin_prefix(model: Any, order: WorkOrder, text: str) -> None:
 
     from r1ray.model.load import load_tokenizer
 
-    wanted = order.config.prompt.num_virtual_tokens
+    wanted = _num_positions(order)
     ids = load_tokenizer(order.base)(text)["input_ids"]
     repeated = (ids * -(-wanted // len(ids)))[:wanted]
     with torch.no_grad(), model.disable_adapter():

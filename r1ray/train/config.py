@@ -40,16 +40,25 @@ class LoraSettings(Config):
         return self
 
 
+BLOCK = 32
+"""Positions of a block of the engine's cache, which all streams share."""
+MOST_POSITIONS = 1024
+
+
 class PromptSettings(Config):
     """What stands before every prompt; used when `method` is prompt (its embeddings) or prefix (its keys and values)."""
 
-    num_virtual_tokens: int = Field(
-        default=32, ge=32, le=1024, multiple_of=32, description="Trained positions; whole blocks of the engine's cache, which share them."
+    num_virtual_tokens: int | None = Field(
+        default=None,
+        ge=BLOCK,
+        le=MOST_POSITIONS,
+        multiple_of=BLOCK,
+        description="Trained positions, whole blocks of the engine's cache; null: as many blocks as init_text fills.",
     )
     init_text: str | None = Field(
         default="You are a helpful assistant who answers the customer's question exactly.",
         min_length=1,
-        description="What they mean before training, repeated to fill them; of labels their names (docs/training.md). "
+        description="What they mean before training, repeated to fill them; {labels} stands for the names of the data's intents. "
         "null: random words (prompt) or numbers (prefix).",
     )
 
