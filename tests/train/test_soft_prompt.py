@@ -82,4 +82,4 @@ def test_labels_are_refused_where_the_data_has_none(base, tmp_path) -> None:
 
 def test_labels_are_refused_where_no_dialogue_is_in_memory(base, table) -> None:
     with pytest.raises(InvalidValue, match=r"train\.objective=dpo.*data\.backend=arrow"):
-        settled(base, table, "train.objective=dpo", "train.prompt.init_text=Intents are {labels}.")
+        settled(base, table, "train.objective=dpo", "data.format=labelled", "train.prompt.init_text=Intents are {labels}.")
