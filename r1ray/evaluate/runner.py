@@ -3,6 +3,7 @@
     report = evaluate(artifact, conversations, config, registry=registry)
 
 Generates every answer once, scores it with each metric that its gold answer allows, and measures the perplexity of the gold answers.
+Where perplexity is all that is wanted, nothing is generated.
 Knows no MLflow, no terminal and no Ray.
 """
 
@@ -69,6 +70,10 @@ class _Subject:
     def wants(self, metric: str) -> bool:
         return self.config.metrics is None or metric in self.config.metrics
 
+    @property
+    def wants_answers(self) -> bool:
+        return self.config.metrics is None or set(self.config.metrics) != {"perplexity"}
+
 
 def evaluate(
     artifact: Artifact,
@@ -87,7 +92,7 @@ def evaluate(
             Without one the model is loaded, measured and freed.
 
     Raises:
-        EvaluationError: no dialogue, or dialogues without an assistant turn after a question.
+        EvaluationError: no dialogue, dialogues without an assistant turn after a question, or nothing that the engine can measure.
         PromptTooLong: a question exceeds the model's context.
     """
     subject = _Subject(
@@ -98,13 +103,11 @@ def evaluate(
         examples=examples_of(conversations),
         tokenizer=load_tokenizer(artifact),
     )
-    if engine is not None:
-        answers, seconds = _answers(subject, engine)
-        surprise: Sequence[Share | None] = [None] * len(subject.examples)
-    else:
-        surprise, (answers, seconds) = _with_own_engine(subject)
-    rows = [_row(subject, *parts) for parts in zip(subject.examples, answers, surprise, strict=True)]
-    metrics = summarise(rows, num_bootstrap=config.num_bootstrap, seed=config.seed) | _speed(answers, seconds)
+    nothing = [None] * len(subject.examples)
+    surprise, answers = _with_own_engine(subject) if engine is None else (nothing, _answers(subject, engine))
+    completions = answers.completions if answers else nothing
+    rows = [_row(subject, *parts) for parts in zip(subject.examples, completions, surprise, strict=True)]
+    metrics = summarise(rows, num_bootstrap=config.num_bootstrap, seed=config.seed) | (answers.speed() if answers else {})
     return Report(
         model=artifact.ref,
         dataset=str(config.data.path),
@@ -115,14 +118,19 @@ def evaluate(
     )
 
 
-def _with_own_engine(subject: _Subject) -> tuple[Sequence[Share | None], tuple[list[Completion], float]]:
-    """One engine scores the gold answers and writes its own."""
+def _with_own_engine(subject: _Subject) -> tuple[Sequence[Share | None], _Answers | None]:
+    """One engine scores the gold answers and writes its own, where some are wanted."""
     engine = create_engine(subject.artifact, subject.config.engine, subject.registry)
     surprise: Sequence[Share | None] = [None] * len(subject.examples)
     try:
-        if "prompt_logprobs" in engine.capabilities and subject.wants("perplexity"):
-            surprise = _perplexity(subject, engine)
-        return surprise, _answers(subject, engine)
+        if "prompt_logprobs" in engine.capabilities:
+            surprise = _perplexity(subject, engine) if subject.wants("perplexity") else surprise
+        elif not subject.wants_answers:
+            raise EvaluationError(
+                f"metrics=[perplexity], and engine.type={subject.config.engine.type} gives no probabilities of a given text for "
+                f"{subject.artifact.ref}. Set engine.type=torch, or name other metrics."
+            )
+        return surprise, _answers(subject, engine) if subject.wants_answers else None
     finally:
         asyncio.run(engine.stop())
 
@@ -164,13 +172,29 @@ def _scored(subject: _Subject, example: Example) -> Scored:
     return Scored(ids[:end], start)
 
 
-def _answers(subject: _Subject, engine: Engine) -> tuple[list[Completion], float]:
+@dataclass(frozen=True, kw_only=True)
+class _Answers:
     """Every answer, and the seconds that all of them took."""
+
+    completions: Sequence[Completion]
+    seconds: float
+
+    def speed(self) -> dict[str, float]:
+        num_tokens = sum(len(one.token_ids) for one in self.completions)
+        return {
+            "tokens_per_second": num_tokens / max(self.seconds, 1e-9),
+            "generation_seconds": self.seconds,
+            "mean_answer_tokens": num_tokens / len(self.completions),
+            "truncated_share": sum(one.finish_reason == "length" for one in self.completions) / len(self.completions),
+        }
+
+
+def _answers(subject: _Subject, engine: Engine) -> _Answers:
     requests = [_request(subject, index, example) for index, example in enumerate(subject.examples)]
     begin = time.perf_counter()
     with Progress(subject.config.progress_s, f"{subject.artifact.ref} answers", len(requests)) as progress:
         completions = generate_all(engine, requests, on_done=lambda completion: progress.one(len(completion.token_ids)))
-    return completions, time.perf_counter() - begin
+    return _Answers(completions=completions, seconds=time.perf_counter() - begin)
 
 
 def _request(subject: _Subject, index: int, example: Example) -> GenerationRequest:
@@ -190,12 +214,11 @@ def _request(subject: _Subject, index: int, example: Example) -> GenerationReque
     )
 
 
-def _row(subject: _Subject, example: Example, completion: Completion, surprise: Share | None) -> Mapping[str, Any]:
-    """One example of the report: readable texts, then `shares`, what it adds to each metric."""
-    text = subject.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-    reasoning, answer = split(text, prefilled=read(subject.artifact).thinks)
-    answer = _cut(answer, subject.sampling.stop)
-    scores = score(example, answer) | ({"perplexity": surprise} if surprise is not None else {})
+def _row(subject: _Subject, example: Example, completion: Completion | None, surprise: Share | None) -> Mapping[str, Any]:
+    """One example of the report: readable texts, then `shares`, what it adds to each metric; no answer where none was wanted."""
+    answered, scores = _answered(subject, example, completion) if completion is not None else ({}, {})
+    if surprise is not None:
+        scores = {**scores, "perplexity": surprise}
     return {
         "id": example.id,
         "source": example.source,
@@ -203,27 +226,25 @@ def _row(subject: _Subject, example: Example, completion: Completion, surprise: 
         "intent": example.gold.annotations.intent if example.gold.annotations else None,
         "question": example.question,
         "gold": example.gold.content,
+        **answered,
+        "shares": {name: list(share) for name, share in scores.items() if subject.wants(name)},
+    }
+
+
+def _answered(subject: _Subject, example: Example, completion: Completion) -> tuple[dict[str, Any], dict[str, Share]]:
+    text = subject.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    reasoning, answer = split(text, prefilled=read(subject.artifact).thinks)
+    answer = _cut(answer, subject.sampling.stop)
+    fields = {
         "answer": answer,
         "reasoning": reasoning,
         "finish_reason": completion.finish_reason,
         "num_tokens": len(completion.token_ids),
         "ttft_s": round(completion.ttft_s, 4),
         "seconds": round(completion.seconds, 4),
-        "shares": {name: list(share) for name, share in scores.items() if subject.wants(name)},
     }
+    return fields, score(example, answer)
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
-
-
-def _speed(completions: Sequence[Completion], seconds: float) -> dict[str, float]:
-    num_tokens = sum(len(c.token_ids) for c in completions)
-    if not completions:
-        raise EvaluationError("Nothing was generated.")
-    return {
-        "tokens_per_second": num_tokens / max(seconds, 1e-9),
-        "generation_seconds": seconds,
-        "mean_answer_tokens": num_tokens / len(completions),
-        "truncated_share": sum(c.finish_reason == "length" for c in completions) / len(completions),
-    }

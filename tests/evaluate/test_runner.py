@@ -72,6 +72,20 @@ def test_metrics_can_be_chosen(artifact, registry):
     assert report.metrics["intent_accuracy"] == 1
 
 
+def test_perplexity_alone_writes_no_answers(artifact, registry):
+    both = evaluate(artifact, dialogues(), config(metrics=("perplexity", "intent_accuracy")), registry=registry)
+    alone = evaluate(artifact, dialogues(), config(metrics=("perplexity",)), registry=registry)
+    assert "tokens_per_second" in both.metrics and "answer" in both.examples[0]
+    assert {name.split("/")[0].removesuffix("_low").removesuffix("_high") for name in alone.metrics} == {"perplexity"}
+    assert alone.metrics["perplexity"] == pytest.approx(both.metrics["perplexity"], rel=1e-4)
+    assert "answer" not in alone.examples[0] and alone.examples[0]["gold"] == both.examples[0]["gold"]
+
+
+def test_perplexity_alone_is_refused_where_the_engine_scores_no_text(artifact, registry):
+    with pytest.raises(EvaluationError, match=r"engine\.type=fake gives no probabilities of a given text for tiny@1"):
+        evaluate(artifact, dialogues(), config(metrics=("perplexity",), engine=EngineConfig(type="fake")), registry=registry)
+
+
 def test_a_rambling_answer_is_cut_and_a_stop_text_ends_it(artifact, registry):
     engine = answering(artifact, ["blah " * 400] * 6)
     cut = evaluate(artifact, dialogues(), config(), registry=registry, engine=engine)
