@@ -37,7 +37,7 @@ from r1ray.model.plan.hardware import GIB, load_hardware
 from r1ray.model.plan.training import TrainingPlan, TrainingWish, plan_training
 from r1ray.registry import Registry
 from r1ray.settings import Settings
-from r1ray.train.config import FinetuneConfig, Parallelism, TrainConfig
+from r1ray.train.config import FinetuneConfig, Parallelism, PromptSettings, TrainConfig
 from r1ray.types import Artifact
 
 console = Console(highlight=False)
@@ -80,8 +80,10 @@ class Case:
 
 
 FITTED = (Case("lora", 2, 256), Case("lora", 4, 512), Case("full", 2, 256), Case("full", 4, 512))
-HELD_OUT = (Case("full", 4, 512, checkpointing=True), Case("lora", 8, 128))
+SOFT = (Case("prompt", 4, 256), Case("prefix", 4, 256))
+HELD_OUT = (Case("full", 4, 512, checkpointing=True), Case("lora", 8, 128), *SOFT)
 SPLIT = tuple(Case(method, 4, 256, split=split) for method in ("full", "lora") for split in ("tensor", "pipeline", "sequence"))
+VIRTUAL = 256  # positions of a soft prompt
 CASES = (*FITTED, *HELD_OUT, *SPLIT)
 
 
@@ -154,6 +156,7 @@ def measure(case: Case, artifact: Artifact) -> Row:
         data = DataConfig(path=dialogues(case, Path(folder) / "dialogues.jsonl"))
         train = TrainConfig(
             method=case.method,  # type: ignore[arg-type]
+            prompt=PromptSettings(num_virtual_tokens=VIRTUAL),
             num_workers=case.num_workers,
             threads_per_worker=1 if case.split else None,
             parallelism=Parallelism(**case.degrees),
@@ -197,6 +200,7 @@ def predicted(case: Case, artifact: Artifact, length: int, supervised: float) ->
     hardware = load_hardware()
     wish = TrainingWish(
         method=case.method,  # type: ignore[arg-type]
+        num_virtual_tokens=VIRTUAL,
         attention=case.attention,
         gradient_checkpointing=case.checkpointing,
         zero_stage=1 if case.split else 2,

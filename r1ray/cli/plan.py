@@ -71,10 +71,11 @@ def gpus(
 def train(  # noqa: PLR0913 - one parameter per option
     *,
     model: Model,
-    method: Annotated[str, typer.Option(help="full or lora")] = "lora",
+    method: Annotated[str, typer.Option(help="full, lora, prompt or prefix")] = "lora",
     gpus: Annotated[str | None, typer.Option(help="e.g. 8xh100; when absent, the fewest GPUs of every type.")] = None,
     zero_stage: Annotated[int, typer.Option(help="DeepSpeed ZeRO stage, 0-3.")] = 2,
     rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
+    num_virtual_tokens: Annotated[int, typer.Option(help="Positions of a soft prompt.")] = 32,
     micro_batch_size: Annotated[int, typer.Option(help="Dialogues per forward pass of a GPU.")] = 4,
     accumulation: Annotated[int, typer.Option(help="Forward passes per optimizer step.")] = 1,
     length: Annotated[int, typer.Option(help="Tokens of the longest dialogue.")] = 1024,

@@ -32,12 +32,19 @@ def halved(order: WorkOrder, error: OutOfMemory) -> WorkOrder:
     """
     rows = rows_per_pass(order.config)
     if not getattr(error, "in_step", False) or rows == 1:
-        raise OutOfMemory(
-            f"{error} {'That is the least there is. ' if rows == 1 else ''}Set train.gradient_checkpointing=true, a lower "
-            "train.max_length, train.offload, or more train.num_workers with train.zero_stage=3."
-        ) from error
+        least = "That is the least there is. " if rows == 1 else ""
+        raise OutOfMemory(f"{error} {least}{_remedies(order.config)}") from error
     smaller = rows // 2
     known = runs.load(order.run_directory)
     if known is not None:
         runs.store(order.run_directory, replace(known, micro_batch_size=smaller))
     return replace(order, config=order.config.model_copy(update={"micro_batch_size": smaller}))
+
+
+def _remedies(config: TrainConfig) -> str:
+    """A prefix can be neither computed twice nor split."""
+    if config.method == "prefix":
+        return "Set a lower train.max_length or train.prompt.num_virtual_tokens, train.offload, or train.method=prompt."
+    return (
+        "Set train.gradient_checkpointing=true, a lower train.max_length, train.offload, or more train.num_workers with train.zero_stage=3."
+    )

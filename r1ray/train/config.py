@@ -202,6 +202,11 @@ class TrainConfig(Config):
         self._can_store()
         if self.method == "prefix" and self.zero_stage == 3:
             raise ValueError("method prefix begins with keys computed by the whole base, which zero_stage 3 splits; set zero_stage=2")
+        if self.method == "prefix" and self.gradient_checkpointing:
+            raise ValueError(
+                "method prefix keeps its keys in a cache, which gradient_checkpointing drops in every layer; set "
+                "gradient_checkpointing=false, or method=prompt"
+            )
         if (self.label_smoothing or self.neftune_alpha) and (self.objective != "sft" or self.parallelism.pipeline > 1):
             raise ValueError(
                 "label_smoothing and neftune_alpha belong to objective sft without parallelism.pipeline; set label_smoothing=0 "

@@ -6,7 +6,7 @@ import pytest
 
 from r1ray.errors import InvalidValue
 from r1ray.model.plan.activations import Batch, activations_of
-from r1ray.model.plan.adapter import adapter_of, projections
+from r1ray.model.plan.adapter import adapter_of, projections, soft_prompt_of
 from r1ray.model.plan.catalog import find, names
 from r1ray.model.plan.hardware import GIB, SHIPPED, load_hardware
 from r1ray.model.plan.parts import part_of
@@ -31,13 +31,14 @@ def hardware(tmp_path):
     return load_hardware(settings=Settings(home=tmp_path))
 
 
-def bytes_kept(config, *, lora, attention, checkpointing, batch):
+def bytes_kept(config, *, method, attention, checkpointing, batch):
     """What autograd holds on to after the forward pass of our trainer's loss, weights not counted."""
     import torch
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from r1ray.model.adapters import lora as lora_config
+    from r1ray.model.adapters import prefix_tuning, prompt_tuning
     from r1ray.model.family import Family
     from r1ray.train.loss import add_supervised_loss
 
@@ -48,10 +49,13 @@ def bytes_kept(config, *, lora, attention, checkpointing, batch):
     add_supervised_loss(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if lora:
+    if method == "lora":
         model.enable_input_require_grads()
         family = Family(name=config["model_type"], lora_targets=tuple(projections(shape_of(config))))
         model = get_peft_model(model, lora_config(family, rank=4), autocast_adapter_dtype=False)
+    elif method != "full":
+        soft = prefix_tuning(64) if method == "prefix" else prompt_tuning(64, None, None)
+        model = get_peft_model(model, soft, autocast_adapter_dtype=False)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     held = {}
 
@@ -68,24 +72,31 @@ def bytes_kept(config, *, lora, attention, checkpointing, batch):
 
 
 @pytest.mark.parametrize(
-    ("family", "lora", "attention", "checkpointing"),
+    ("family", "method", "attention", "checkpointing"),
     [
-        ("llama", False, "eager", False),
-        ("llama", True, "sdpa", False),
-        ("llama", True, "eager", True),
-        ("qwen2", False, "sdpa", False),
-        ("qwen3", True, "eager", False),
-        ("deepseek_v3", False, "eager", False),
-        ("deepseek_v3", True, "eager", False),
+        ("llama", "full", "eager", False),
+        ("llama", "lora", "sdpa", False),
+        ("llama", "lora", "eager", True),
+        ("llama", "prompt", "eager", False),
+        ("llama", "prefix", "sdpa", False),
+        ("llama", "prefix", "eager", False),
+        ("qwen2", "full", "sdpa", False),
+        ("qwen2", "prompt", "sdpa", False),
+        ("qwen3", "lora", "eager", False),
+        ("qwen3", "prefix", "eager", False),
+        ("deepseek_v3", "full", "eager", False),
+        ("deepseek_v3", "lora", "eager", False),
+        ("deepseek_v3", "prompt", "eager", False),
     ],
 )
-def test_activations_are_what_autograd_keeps(family, lora, attention, checkpointing):
+def test_activations_are_what_autograd_keeps(family, method, attention, checkpointing):
     config = {"max_position_embeddings": 512, **SMALL, **CONFIGS[family]}
     shape, batch = shape_of(config), Batch(size=3, length=96, num_supervised=3 * 95)
-    kept = bytes_kept(config, lora=lora, attention=attention, checkpointing=checkpointing, batch=batch)
-    planned = activations_of(
-        shape, batch, adapter=adapter_of(shape, rank=4) if lora else None, attention=attention, checkpointing=checkpointing
+    kept = bytes_kept(config, method=method, attention=attention, checkpointing=checkpointing, batch=batch)
+    adapter = {"full": None, "lora": adapter_of(shape, rank=4)}.get(method) or (
+        soft_prompt_of(shape, method, 64) if method in ("prompt", "prefix") else None
     )
+    planned = activations_of(shape, batch, adapter=adapter, attention=attention, checkpointing=checkpointing)
     assert planned.kept + planned.logits / 2 == pytest.approx(kept, rel=0.02)  # of the logits only the gradient outlives the forward pass
 
 
@@ -112,6 +123,44 @@ def test_lora_trains_and_optimises_the_adapter_only(hardware):
     assert lora.trainable == adapter_of(find("r1-distill-qwen-7b").shape, rank=16).parameters
     assert lora.memory.optimizer == 12 * lora.trainable
     assert lora.memory.weights > 2 * find("r1-distill-qwen-7b").shape.parameters.total
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_soft_prompt_has_as_many_numbers_as_pefts(method, name):
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from r1ray.model.adapters import prefix_tuning, prompt_tuning
+
+    config = LONG | CONFIGS[name]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    model = get_peft_model(model, prefix_tuning(64) if method == "prefix" else prompt_tuning(64, None, None))
+    expected = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert soft_prompt_of(shape_of(config), method, 64).parameters == expected
+
+
+def test_a_soft_prompt_lengthens_what_is_computed_and_a_prefix_what_is_attended_to(hardware):
+    plans = {method: plan(hardware, method=method, num_virtual_tokens=512, length=512) for method in ("lora", "prompt", "prefix")}
+    operations = {method: each.speed.operations_per_token for method, each in plans.items()}
+    assert operations["prompt"] == pytest.approx(2 * operations["lora"], rel=0.05)
+    assert operations["lora"] < operations["prefix"] < 1.2 * operations["lora"]
+    kept = {method: each.memory.activations.kept for method, each in plans.items()}
+    assert kept["prompt"] > 1.5 * kept["prefix"]
+    assert plans["prefix"].trainable == 512 * 28 * 2 * 4 * 128
+
+
+def test_a_prefix_is_planned_as_it_can_be_trained(hardware):
+    for wish in ({"zero_stage": 3}, {"gradient_checkpointing": True}):
+        with pytest.raises(ValueError, match="method=prompt"):
+            TrainingWish(method="prefix", **wish)
+    with pytest.raises(ValueError, match="tensor, pipeline and sequence to 1"):
+        TrainingWish(method="prompt", tensor=2)
+    with pytest.raises(InvalidValue, match="caches a latent"):
+        plan(hardware, "32xh100", "r1", method="prefix")
+    assert all(wish.zero_stage == 2 and not wish.gradient_checkpointing for wish in relaxed(TrainingWish(method="prefix")))
 
 
 def test_offloading_moves_the_optimizer_to_the_host_and_costs_time(hardware):

@@ -96,6 +96,7 @@ def test_experts_are_adapted_by_choice_and_refused_where_there_are_none(tiny_dee
     [
         (["train.lora.experts=true", "train.lora.dora=true"], "no dora and no dropout"),
         (["train.method=prefix", "train.zero_stage=3"], "set zero_stage=2"),
+        (["train.method=prefix", "train.gradient_checkpointing=true"], "set gradient_checkpointing=false"),
         (["train.method=prompt", "train.packing=true"], "set packing=false"),
         (["train.method=prompt", "train.prompt.num_virtual_tokens=20"], "multiple of 32"),
     ],

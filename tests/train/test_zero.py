@@ -4,7 +4,7 @@ import pytest
 
 from r1ray.config import load_config
 from r1ray.errors import InvalidValue
-from r1ray.model.plan.training import BUCKETS
+from r1ray.model.plan.training import ADAPTER_BUCKET, BUCKET
 from r1ray.train.config import FinetuneConfig, TrainConfig
 from r1ray.train.zero import deepspeed_config
 
@@ -30,6 +30,7 @@ def test_more_workers_than_dialogues_in_a_batch_are_refused() -> None:
 
 
 def test_an_adapters_gradients_get_a_bucket_of_the_size_that_is_planned() -> None:
-    built = {method: deepspeed_config(TrainConfig(method=method), accumulation=1, bf16=True)["zero_optimization"] for method in BUCKETS}
-    assert built["lora"]["reduce_bucket_size"] == BUCKETS["lora"]
-    assert "reduce_bucket_size" not in built["full"], "DeepSpeed's own"
+    methods = ("full", "lora", "prompt", "prefix")
+    built = {method: deepspeed_config(TrainConfig(method=method), accumulation=1, bf16=True)["zero_optimization"] for method in methods}
+    assert "reduce_bucket_size" not in built.pop("full"), "DeepSpeed's own"
+    assert {zero["reduce_bucket_size"] for zero in built.values()} == {ADAPTER_BUCKET} < {ADAPTER_BUCKET, BUCKET}

@@ -1,6 +1,7 @@
 """What the forward pass keeps for the backward pass: bytes per token, tensor by tensor as transformers' layers save them.
 
-Letters: D hidden, H heads, T the padded length, I the feed-forward width, `e` bytes per number. The softmax and the norms work in
+Letters: D hidden, H heads, T the padded length, I the feed-forward width, `e` bytes per number. A soft prompt's embeddings lengthen every
+row, a prefix what every position attends to. The softmax and the norms work in
 float32 whatever the weights are. Knows no GPUs and no ZeRO: activations are never split by it.
 """
 
@@ -24,10 +25,6 @@ class Batch:
     size: int
     length: int
     num_supervised: int
-
-    @property
-    def num_tokens(self) -> int:
-        return self.size * self.length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,16 +53,22 @@ def activations_of(
     """For training all weights (`adapter` None) or an adapter."""
     size = bytes_per_value
     moe, dense = shape.num_moe_layers, shape.num_layers - shape.num_moe_layers
-    per_dense = _attention(shape, batch.length, adapter, attention, size) + _dense(shape, adapter, size)
-    per_moe = _attention(shape, batch.length, adapter, attention, size) + _experts(shape, adapter, size) if moe else 0.0
+    length = batch.length + (adapter.num_embedded if adapter else 0)
+    seen = length + (adapter.num_cached if adapter else 0)
+    attended = _attention(shape, length, seen, adapter, attention, size)
+    per_dense = attended + _dense(shape, adapter, size)
+    per_moe = attended + _experts(shape, adapter, size) if moe else 0.0
     layers = dense * per_dense + moe * per_moe
+    if adapter is not None and adapter.num_cached:
+        layers -= _unmoved(shape, length, seen, attention, size)
     widest = max(per_dense if dense else 0.0, per_moe)
-    working = _temporary(shape, batch.length, attention, size)
+    working = _temporary(shape, seen, attention, size)
     if checkpointing:
         layers, working = shape.num_layers * shape.hidden * size, working + widest
     logits = 2 * size * shape.vocab * batch.num_supervised  # and their gradient
     final_norm = _norm(shape.hidden, adapter, size, feeds_trained=adapter is None)
-    return Activations(kept=(layers + final_norm) * batch.num_tokens, working=working * batch.num_tokens, logits=logits)
+    num_tokens = batch.size * length
+    return Activations(kept=(layers + final_norm) * num_tokens, working=working * num_tokens, logits=logits)
 
 
 def _norm(width: int, adapter: Adapter | None, size: float, *, feeds_trained: bool) -> float:
@@ -74,20 +77,34 @@ def _norm(width: int, adapter: Adapter | None, size: float, *, feeds_trained: bo
     return width * (4 + scaled + (size if feeds_trained else 0.0))
 
 
-def _attention(shape: ModelShape, length: int, adapter: Adapter | None, attention: Attention, size: float) -> float:
+def _attention(shape: ModelShape, length: int, seen: int, adapter: Adapter | None, attention: Attention, size: float) -> float:
+    """Per position of `length`, each of which attends to `seen`."""
     queries, values = shape.num_heads * shape.key_dim, shape.num_heads * shape.value_dim
-    kept = _norm(shape.hidden, adapter, size, feeds_trained=True)
+    feeds_trained = adapter is None or adapter.num_targets > 0
+    kept = _norm(shape.hidden, adapter, size, feeds_trained=feeds_trained)
     if shape.latent is not None:
         ranks = shape.latent.kv_rank + (shape.latent.query_rank or 0)
-        kept += _norm(ranks, adapter, size, feeds_trained=True)
+        kept += _norm(ranks, adapter, size, feeds_trained=feeds_trained)
     if shape.query_key_norm:
         kept += _norm(queries + shape.num_kv_heads * shape.key_dim, adapter, size, feeds_trained=False)
     if adapter is not None:
         kept += adapter.num_targets * adapter.rank * size
     if attention == "eager":  # keys and values repeated for every head, probabilities in float32 and as multiplied
-        return kept + size * (2 * queries + 2 * values) + shape.num_heads * length * (4 + size)
-    shared = shape.num_heads if shape.latent is not None else shape.num_kv_heads
-    return kept + size * (queries + shared * (shape.key_dim + shape.value_dim) + values) + 4 * shape.num_heads
+        keys = (queries + values) * seen / length
+        output = values if feeds_trained else 0  # what o_proj multiplies
+        return kept + size * (queries + keys + output) + shape.num_heads * seen * (4 + size)
+    is_cached = adapter is not None and adapter.num_cached > 0
+    shared = shape.num_heads if shape.latent is not None or is_cached else shape.num_kv_heads
+    keys = shared * (shape.key_dim + shape.value_dim) * seen / length
+    mask = seen if is_cached else 0  # what is cached takes a mask, which every layer converts, and keys and values of every head
+    return kept + size * (queries + keys + values + mask) + 4 * shape.num_heads
+
+
+def _unmoved(shape: ModelShape, length: int, seen: int, attention: Attention, size: float) -> float:
+    """What the first layer does not keep where only cached keys and values are trained: nothing before them wants a gradient."""
+    queries, keys = shape.num_heads * shape.key_dim, shape.num_kv_heads * shape.key_dim
+    norms = 4 * (shape.hidden + (queries + keys if shape.query_key_norm else 0))
+    return norms + (size * queries * seen / length if attention == "eager" else 0.0)
 
 
 def _dense(shape: ModelShape, adapter: Adapter | None, size: float) -> float:
@@ -106,8 +123,8 @@ def _experts(shape: ModelShape, adapter: Adapter | None, size: float) -> float:
     return _norm(shape.hidden, adapter, size, feeds_trained=trained) + inside + moved + router
 
 
-def _temporary(shape: ModelShape, length: int, attention: Attention, size: float) -> float:
+def _temporary(shape: ModelShape, seen: int, attention: Attention, size: float) -> float:
     """Of one layer's backward pass: gradients of the scores, of the feed-forward block and of the residual stream."""
-    scores = shape.num_heads * length * (8 + 2 * size) if attention == "eager" else 0.0
+    scores = shape.num_heads * seen * (8 + 2 * size) if attention == "eager" else 0.0
     width = max(shape.intermediate, shape.expert_intermediate * max(1, shape.experts_per_token))
     return scores + size * (3 * width + 4 * shape.hidden)

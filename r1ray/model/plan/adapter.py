@@ -1,4 +1,4 @@
-"""How many weights a LoRA adapter trains: the projections of a family and their sizes. Knows no memory and no time."""
+"""What is trained beside a frozen base, and how many numbers that is: LoRA's matrices, a soft prompt. Knows no memory and no time."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from r1ray.errors import InvalidValue
 from r1ray.model.family import DEEPSEEK_TARGETS, LLAMA_TARGETS
 from r1ray.model.plan.shape import ModelShape
 
-__all__ = ["Adapter", "adapter_of", "projections"]
+__all__ = ["Adapter", "adapter_of", "projections", "soft_prompt_of"]
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """`parameters` in all layers; whether the feed-forward blocks have some decides which of their inputs training must keep."""
+    """`parameters` in all layers; which layers have some decides which inputs training must keep."""
 
-    rank: int
     parameters: int
-    num_targets: int
-    adapts_mlp: bool
+    rank: int = 0
+    num_targets: int = 0
+    adapts_mlp: bool = False
+    num_embedded: int = 0
+    """Virtual tokens before every prompt, which all layers compute."""
+    num_cached: int = 0
+    """Positions whose keys and values stand before every prompt in each layer."""
 
 
 def projections(shape: ModelShape) -> dict[str, tuple[int, int]]:
@@ -61,3 +65,17 @@ def adapter_of(shape: ModelShape, *, rank: int, targets: Sequence[str] | None = 
         num_targets=len(chosen),
         adapts_mlp=bool(set(chosen) & set(MLP)),
     )
+
+
+def soft_prompt_of(shape: ModelShape, method: str, num_virtual_tokens: int) -> Adapter:
+    """A soft prompt (`prompt`: embeddings; `prefix`: keys and values in each layer).
+
+    Raises:
+        InvalidValue: a prefix for a model that caches a latent.
+    """
+    if method == "prompt":
+        return Adapter(parameters=num_virtual_tokens * shape.hidden, num_embedded=num_virtual_tokens)
+    if shape.latent is not None:
+        raise InvalidValue("A prefix stands in a cache of keys and values, and this model caches a latent. Plan method prompt or lora.")
+    numbers = shape.num_kv_heads * (shape.key_dim + shape.value_dim)
+    return Adapter(parameters=num_virtual_tokens * shape.num_layers * numbers, num_cached=num_virtual_tokens)

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from r1ray.config import Config
 from r1ray.errors import InvalidValue
 from r1ray.model.plan.activations import Activations, Attention, Batch, activations_of
-from r1ray.model.plan.adapter import adapter_of
+from r1ray.model.plan.adapter import Adapter, adapter_of, soft_prompt_of
 from r1ray.model.plan.hardware import GIB, Assumptions, Hardware, Pool
 from r1ray.model.plan.host import HostMemory, host_memory
 from r1ray.model.plan.parts import part_of, wires
@@ -22,7 +22,7 @@ from r1ray.model.plan.shape import ModelShape
 
 __all__ = ["Memory", "Speed", "TrainingPlan", "TrainingWish", "cheapest_first", "fewest", "plan_training", "relaxed"]
 
-BUCKETS = {"full": 5e8, "lora": 5e7}  # reduce_bucket_size, in numbers: DeepSpeed's own, and what r1ray/train/zero.py sets for adapters
+BUCKET, ADAPTER_BUCKET = 5e8, 5e7  # reduce_bucket_size, in numbers: DeepSpeed's own, and what r1ray/train/zero.py sets for adapters
 LIVE = 1e9  # ZeRO-3 gathers at most this many weights at a time (stage3_max_live_parameters)
 MASTER_BYTES = 12  # float32 master weight and AdamW's two moments
 MOST_NODES = 512
@@ -33,9 +33,12 @@ Bound = Literal["arithmetic", "network", "offloading"]
 class TrainingWish(Config):
     """What is to be trained and how; what jobs/configs/finetune_*.yaml has a key for has its name and values here."""
 
-    method: Literal["full", "lora"] = Field(default="lora", description="All weights, or a LoRA adapter.")
+    method: Literal["full", "lora", "prompt", "prefix"] = Field(
+        default="lora", description="All weights, a LoRA adapter, a soft prompt, or its keys and values in every layer."
+    )
     rank: int = Field(default=16, ge=1, description="Rank of the adapter.")
     targets: tuple[str, ...] | None = Field(default=None, description="Linear layers to adapt; null: the family's own.")
+    num_virtual_tokens: int = Field(default=32, ge=32, le=1024, multiple_of=32, description="Positions of a soft prompt.")
     zero_stage: Literal[0, 1, 2, 3] = Field(default=2, description="1 splits optimizer states, 2 gradients too, 3 weights too.")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="Weights and arithmetic; master weights stay float32."
@@ -61,6 +64,10 @@ class TrainingWish(Config):
             raise ValueError("offload needs a ZeRO optimizer; set zero_stage to 1, 2 or 3")
         if self.zero_stage == 0 and self.dtype != "float32":
             raise ValueError(f"zero_stage 0 with {self.dtype} keeps no float32 master weights; set zero_stage=1 or dtype=float32")
+        if self.method == "prefix" and (self.zero_stage == 3 or self.gradient_checkpointing):
+            raise ValueError("method prefix goes without zero_stage 3 and gradient_checkpointing; set zero_stage=2, or method=prompt")
+        if self.split > 1 and self.method in ("prompt", "prefix"):
+            raise ValueError(f"method {self.method} is not trained in a split model; set tensor, pipeline and sequence to 1")
         if sum(degree > 1 for degree in (self.tensor, self.pipeline, self.sequence)) > 1:
             raise ValueError("one of tensor, pipeline and sequence may be above 1, as in training")
         if self.split > 1 and (self.dtype == "float16" or (self.offload != "none" and self.sequence == 1)):
@@ -164,7 +171,7 @@ def plan_training(shape: ModelShape, wish: TrainingWish, pool: Pool, assumptions
     """
     if pool.num % wish.split:
         raise InvalidValue(f"{pool.num} GPUs cannot be split by {wish.split}. Give a multiple of {wish.split}, or smaller degrees.")
-    adapter = adapter_of(shape, rank=wish.rank, targets=wish.targets) if wish.method == "lora" else None
+    adapter = _adapter(shape, wish)
     base = shape.parameters.total
     trainable = adapter.parameters if adapter else base
     total = base + (adapter.parameters if adapter else 0)
@@ -199,9 +206,17 @@ def cheapest_first(shape: ModelShape, wish: TrainingWish, hardware: Hardware, nu
     return sorted((plan for plan in plans if plan is not None), key=lambda plan: plan.money(num_tokens))
 
 
+def _adapter(shape: ModelShape, wish: TrainingWish) -> Adapter | None:
+    if wish.method == "full":
+        return None
+    if wish.method == "lora":
+        return adapter_of(shape, rank=wish.rank, targets=wish.targets)
+    return soft_prompt_of(shape, wish.method, wish.num_virtual_tokens)
+
+
 def _memory(whole: ModelShape, wish: TrainingWish, pool: Pool) -> Memory:
     shape = part_of(whole, tensor=wish.tensor, pipeline=wish.pipeline)
-    adapter = adapter_of(shape, rank=wish.rank, targets=wish.targets) if wish.method == "lora" else None
+    adapter = _adapter(shape, wish)
     size, num, stage = wish.bytes_per_value, pool.num // (wish.tensor * wish.pipeline), wish.zero_stage
     # a stage has the embedding or the head
     base = shape.parameters.total - (shape.parameters.embedding if wish.pipeline > 1 and not shape.tied else 0)
@@ -213,7 +228,9 @@ def _memory(whole: ModelShape, wish: TrainingWish, pool: Pool) -> Memory:
     # ZeRO-0 in float32 needs no master copy; the stages above keep one whatever the dtype.
     optimizer = trainable * (MASTER_BYTES if stage else 8) * share
     step = trainable * 4 * share if stage else 0.0
-    bucket = BUCKETS[wish.method]  # all of it is taken from a GPU; of the system's memory only what gradients are written to
+    bucket = (
+        BUCKET if wish.method == "full" else ADAPTER_BUCKET
+    )  # all of it is taken from a GPU; of the system's memory only what gradients are written to
     buckets = (bucket if pool.gpu.is_gpu else min(trainable, bucket)) * size if stage else 0.0
     if stage == 3 and num > 1:
         buckets += min(total, LIVE) * size
@@ -250,7 +267,7 @@ def _busiest(one: Activations, *, waiting: int) -> Activations:
 
 def _speed(shape: ModelShape, wish: TrainingWish, pool: Pool, trainable: int, assumptions: Assumptions) -> Speed:
     operations = _operations(shape, wish, trainable)
-    utilisation = assumptions.mfu_lora if wish.method == "lora" else assumptions.mfu_full
+    utilisation = assumptions.mfu_full if wish.method == "full" else assumptions.mfu_lora
     if shape.num_experts:
         utilisation = min(utilisation, assumptions.mfu_experts)
     rate = pool.gpu.bf16_tflops * 1e12 * utilisation / (2 if wish.dtype == "float32" else 1)
@@ -278,11 +295,14 @@ def _own_wires(pool: Pool, split: int) -> float:
 
 def _operations(shape: ModelShape, wish: TrainingWish, trainable: int) -> float:
     """Per token: forward, gradients of inputs, gradients of the trained weights, and the second forward pass of checkpointing."""
-    attended = wish.length if wish.attention == "eager" else wish.length / 2  # eager also computes what the causal mask hides
+    length = wish.length + (wish.num_virtual_tokens if wish.method == "prompt" else 0)
+    attended = length if wish.attention == "eager" else length / 2  # eager also computes what the causal mask hides
+    attended += wish.num_virtual_tokens if wish.method == "prefix" else 0
     forward = shape.forward_operations(attended)
     inputs = forward + shape.attention_operations(attended)
-    touched = shape.multiplied_parameters if wish.method == "full" else trainable
-    return forward + inputs + 2.0 * touched + (forward if wish.gradient_checkpointing else 0.0)
+    touched = {"full": shape.multiplied_parameters, "lora": trainable}.get(wish.method, 0)  # nothing multiplies a soft prompt
+    once = forward + inputs + 2.0 * touched + (forward if wish.gradient_checkpointing else 0.0)
+    return once * length / wish.length
 
 
 def _traffic(shape: ModelShape, wish: TrainingWish, num: int, trainable: int) -> float:
@@ -316,6 +336,8 @@ def relaxed(wish: TrainingWish) -> list[TrainingWish]:
         {"micro_batch_size": 1},
         {"offload": "optimizer"},
     ]
+    if wish.method == "prefix":
+        steps = steps[2:]
     if wish.tensor * wish.pipeline > 1:  # ZeRO-3 would split the same weights, and offloading was not tried
         steps = [step for step in steps if not {"zero_stage", "offload"} & step.keys()]
     wishes, current = [], wish

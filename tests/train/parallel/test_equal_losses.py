@@ -91,6 +91,24 @@ def test_an_adapter_learns_as_on_one_worker(train, alone, model, split) -> None:
     assert max(expected) > min(expected) + 1e-3, "it learned something"
 
 
+METHODS = {
+    "dora": (*LORA, "train.lora.dora=true"),
+    "prompt": ("train.method=prompt", "train.learning_rate=2e-2"),
+    "prefix": ("train.method=prefix", "train.learning_rate=2e-2"),
+}
+AGAIN = ("train.gradient_checkpointing=true",)
+
+
+@pytest.mark.parametrize(
+    ("method", "parts"),
+    [("dora", ("train.zero_stage=3", *AGAIN)), ("prompt", ("train.zero_stage=2", *AGAIN)), ("prefix", ("train.zero_stage=2",))],
+)
+def test_every_method_learns_as_on_one_worker(train, alone, method, parts) -> None:
+    found = losses(train("qwen2", *parts, "train.micro_batch_size=2", *METHODS[method]))
+    assert found == pytest.approx(alone("qwen2", *METHODS[method]), rel=1e-4)
+    assert max(found) > min(found) + 1e-3, "it learned something"
+
+
 @pytest.mark.parametrize("parts", [("train.zero_stage=2",), ("train.zero_stage=3",), ("train.zero_stage=1", "train.parallelism.tensor=2")])
 def test_an_adapter_is_saved_alone_whatever_of_it_the_writing_rank_holds(train, parts) -> None:
     """At ZeRO-3, or of a split layer, it holds a half, which the file must have at least."""
