@@ -6,7 +6,7 @@ The losses are TRL's. What differs: each pair counts alike however passes and ra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import prepare_deepspeed
 
+from r1ray.evaluate.progress import Progress
 from r1ray.train.logprobs import add_answer_logprobs
 from r1ray.train.objective.base import Bench
 from r1ray.train.objective.pair_trainer import HeldOut, PairTrainer, Scores, ahead
@@ -68,14 +69,15 @@ class PreferenceTrainer(PairTrainer, DPOTrainer):
         missing = [row for row in wanted if row not in known]
         if missing:
             model = prepare_deepspeed(self.model, self.accelerator) if is_deepspeed_zero3_enabled() else self.model  # it gathers the parts
-            for start in range(0, len(missing), _ROWS_AT_ONCE):
-                block = missing[start : start + _ROWS_AT_ONCE]
-                rows = [self.feed.rows[row] if row < num else self.judged_rows[row - num] for row in block]
-                computed = self.scored(model, rows, self.compute_ref_log_probs)
-                added = {block[place]: scores for place, scores in computed.items()}
-                known |= added
-                if self.accelerator.is_main_process:
-                    reference.add(added)
+            with self.progress("the base's log-probabilities, pairs", len(missing)) as progress:
+                for start in range(0, len(missing), _ROWS_AT_ONCE):
+                    block = missing[start : start + _ROWS_AT_ONCE]
+                    rows = [self.feed.rows[row] if row < num else self.judged_rows[row - num] for row in block]
+                    computed = self.scored(model, rows, self.compute_ref_log_probs, _after(start, progress))
+                    added = {block[place]: scores for place, scores in computed.items()}
+                    known |= added
+                    if self.accelerator.is_main_process:
+                        reference.add(added)
         self._reference = self.feed.reference = known
 
     def compute_loss(self, model: Any, inputs: Pass, *_: Any, num_items_in_batch: Any = None, **__: Any) -> torch.Tensor:
@@ -143,6 +145,10 @@ def dpo_arguments(bench: Bench) -> DPOConfig:
         disable_dropout=False,
         precompute_ref_log_probs=bench.order.config.method == "full",  # else TRL would load the base a second time
     )
+
+
+def _after(start: int, progress: Progress) -> Callable[[int], None]:
+    return lambda done: progress.at(start + done)
 
 
 def _summed(outputs: Any, inputs: Pass) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from r1ray.evaluate.progress import Progress
 from r1ray.train import heldout
 from r1ray.train.batches import BatchPlan, accumulation_steps
 from r1ray.train.pair_feed import PairFeed, Pass, collate
@@ -26,6 +27,7 @@ __all__ = ["PairTrainer", "Scores", "ahead"]
 
 Scores = tuple[float, float]
 """Of the better and the worse answer."""
+_PROGRESS_S = 10
 
 
 class PairTrainer(PacedTrainer):
@@ -51,12 +53,25 @@ class PairTrainer(PacedTrainer):
 
     def before(self) -> Mapping[int, Scores]:
         """Scores of the held-out rows before training."""
-        return self.scored(self.model_wrapped, self.judged_rows, self.scores)
+        return self.judged()
+
+    def judged(self) -> Mapping[int, Scores]:
+        """Scores of the held-out rows now."""
+        with self.progress("held-out pairs", len(self.judged_rows)) as progress:
+            return self.scored(self.model_wrapped, self.judged_rows, self.scores, progress.at)
+
+    def progress(self, what: str, total: int) -> Progress:
+        """Lines of one rank for the job log."""
+        return Progress(_PROGRESS_S if self.accelerator.is_main_process else None, what, total)
 
     def scored(
-        self, model: Any, rows: Sequence[PairRow], scoring: Callable[[Any, Pass], tuple[torch.Tensor, torch.Tensor]]
+        self,
+        model: Any,
+        rows: Sequence[PairRow],
+        scoring: Callable[[Any, Pass], tuple[torch.Tensor, torch.Tensor]],
+        on_pass: Callable[[int], object] = lambda _: None,
     ) -> dict[int, Scores]:
-        """Place in `rows` -> scores; each rank computes its share, all get all."""
+        """Place in `rows` -> scores; each rank computes its share, all get all. `on_pass` is told how many rows are about done."""
         pad_id, mine = self.feed.pad_id, []
         plan = BatchPlan([row.length for row in rows], batch_size=len(rows), num_epochs=1, seed=0, group_window=1)
         world, size = self.accelerator.num_processes, self.args.per_device_train_batch_size
@@ -70,6 +85,7 @@ class PairTrainer(PacedTrainer):
                 inputs = collate([rows[place] for place in places or (0,)], pad_id)
                 pair = scoring(model, {name: tensor.to(self.accelerator.device) for name, tensor in inputs.items()})
                 mine += list(zip(places, *(side.tolist() for side in pair), strict=False))
+                on_pass(min(len(rows), len(mine) * world))
         model.train(training)
         return {place: (better, worse) for place, better, worse in gather_object(mine)}
 
@@ -117,7 +133,7 @@ class HeldOut(TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         trainer = self.trainer
         if trainer.judged_rows:
-            self._note("after", trainer.scored(trainer.model_wrapped, trainer.judged_rows, trainer.scores))
+            self._note("after", trainer.judged())
 
     def _note(self, when: str, scores: Mapping[int, Scores]) -> None:
         if self.trainer.accelerator.is_main_process:

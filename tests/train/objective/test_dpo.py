@@ -120,7 +120,7 @@ def _in_order(pairs, made):
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_the_reference_is_the_base_and_is_computed_once(pairs, tiny_llama, tmp_path, adapter, monkeypatch) -> None:
+def test_the_reference_is_the_base_and_is_computed_once(pairs, tiny_llama, tmp_path, adapter, monkeypatch, capsys) -> None:
     made = trainer(pairs, tiny_llama, tmp_path, adapter=adapter)
     loss = made.compute_loss(made.model, made.feed[0], num_items_in_batch=len(pairs.rows)).item()
     assert loss == pytest.approx(0.693147, rel=1e-5)  # nothing is preferred yet
@@ -128,6 +128,7 @@ def test_the_reference_is_the_base_and_is_computed_once(pairs, tiny_llama, tmp_p
     monkeypatch.setattr(PreferenceTrainer, "compute_ref_log_probs", lambda *_: pytest.fail("computed again"))
     again = trainer(pairs, tiny_llama, tmp_path, adapter=adapter)
     assert again.feed.reference == made.feed.reference
+    assert capsys.readouterr().out.count("the base's log-probabilities, pairs: ") == 1, "the second one reads what the first one kept"
     if adapter:
         assert list(made.model.peft_config) == ["default"]
 
@@ -140,12 +141,14 @@ def test_a_longer_run_adds_only_the_rows_that_are_missing(tmp_path) -> None:
     assert reference.known() == {0: (-1.0, -2.0), 1: (-5.0, -6.0), 3: (-3.0, -4.0)}
 
 
-def test_held_out_pairs_are_level_before_and_told_after(pairs, tiny_llama, tmp_path) -> None:
+def test_held_out_pairs_are_level_before_and_told_after(pairs, tiny_llama, tmp_path, capsys) -> None:
     made = trainer(pairs, tiny_llama, tmp_path, held_out=pairs.rows[:3])
     before = made.figures(made.before())
     assert (before["accuracy"], before["margin"]) == (0.5, 0.0)
     pairs.nudge(made.model)
-    after = made.figures(made.scored(made.model, made.judged_rows, made.scores))
+    capsys.readouterr()
+    after = made.figures(made.judged())
+    assert "held-out pairs: 3/3 in " in capsys.readouterr().out
     assert after["margin"] != 0 and after["accuracy"] in (0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0)
     heldout.note(tmp_path, "before", before)
     heldout.note(tmp_path, "after", after)
