@@ -190,8 +190,14 @@ def _translate(schema: type[BaseModel], error: ValidationError, origin: str) -> 
     unknown = [p for p in problems if p["type"] == "extra_forbidden"]
     if unknown:
         return UnknownKey(" ".join(_unknown_key(schema, p["loc"], origin) for p in unknown))
-    lines = [f"{_dotted(p['loc'])}: {p['msg']} (got {p.get('input')!r})." for p in problems]
+    lines = [_line(_dotted(p["loc"]), p["msg"].removeprefix("Value error, "), p.get("input")) for p in problems]
     return InvalidValue(f"In {origin}: " + " ".join(lines) + " Correct the value; each field's limits are in its config class.")
+
+
+def _line(key: str, message: str, given: Any) -> str:
+    """A whole section is not repeated: its message names the keys that do not go together."""
+    shown = "" if isinstance(given, dict) and len(given) > 1 else f" (got {given!r})"
+    return f"{key}: {message}{shown}." if key else f"{message}{shown}."
 
 
 def _without_empty_sections(schema: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:

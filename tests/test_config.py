@@ -132,6 +132,15 @@ def test_a_value_out_of_limits_names_the_key_the_limit_and_the_value(tmp_path):
         load_config(Job, written(tmp_path, "train: {num_workers: 0}"))
 
 
+def test_keys_that_do_not_go_together_are_told_without_the_whole_section():
+    from r1ray.train.config import FinetuneConfig
+
+    with pytest.raises(InvalidValue) as told:
+        load_config(FinetuneConfig, None, ["data.path=x", "train.method=prefix", "train.gradient_checkpointing=true"])
+    assert "In the command line: train: method prefix keeps its keys" in str(told.value)
+    assert "num_workers" not in str(told.value) and "Value error" not in str(told.value)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

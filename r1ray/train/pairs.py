@@ -183,12 +183,12 @@ def _row(columns: dict[str, Any]) -> PairRow:
 
 
 def _check(tokens: PairSet, loaded: LoadedPairs, data: DataConfig, max_length: int) -> None:
-    num_bad = len(loaded.rejects) + tokens.num_rejected
-    if num_bad > data.max_bad_share * loaded.num_rows:
+    num_bad, share = len(loaded.rejects) + tokens.num_rejected, data.max_bad_share
+    if num_bad > share * loaded.num_rows or tokens.num_rejected > share * len(loaded.pairs):  # data.limit uses fewer than were read
         raise TooManyBadRows(
-            f"{tokens.num_rejected} pairs do not fit train.max_length={max_length} tokens (prompt too long, or answers equal after the "
-            f"cut); with {len(loaded.rejects)} invalid rows that is {num_bad} of {loaded.num_rows}, more than "
-            f"data.max_bad_share={data.max_bad_share:g} allows. Raise train.max_length or the share."
+            f"{tokens.num_rejected} of {len(loaded.pairs)} pairs do not fit train.max_length={max_length} tokens (prompt too long, or "
+            f"answers equal after the cut); with {len(loaded.rejects)} of {loaded.num_rows} rows that are invalid this is more than "
+            f"data.max_bad_share={share:g} allows. Raise train.max_length or the share."
         )
     if tokens.num_rows == 0:
         raise NothingToTrain(f"None of the {loaded.num_rows} rows of {data.path} is left to train on. Add pairs, or lower eval_share.")

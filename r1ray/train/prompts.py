@@ -106,12 +106,13 @@ def prepare_prompts(loaded: Loaded, artifact: Artifact, data: DataConfig, limits
     else:
         _log.info("prompts from the cache: %s", path)
     found = _described(path, len(loaded.conversations))
-    num_bad = len(loaded.rejects) + found.num_rejected
-    if num_bad > data.max_bad_share * loaded.num_rows:
+    num_bad, num_used, share = len(loaded.rejects) + found.num_rejected, len(loaded.conversations), data.max_bad_share
+    if num_bad > share * loaded.num_rows or found.num_rejected > share * num_used:  # data.limit uses fewer than were read
         raise TooManyBadRows(
-            f"{found.num_rejected} dialogues ask nothing before their last answer, or ask it in more than {limits.max_tokens} tokens "
-            f"(train.max_length less train.grpo.max_new_tokens); with {len(loaded.rejects)} invalid rows that is {num_bad} of "
-            f"{loaded.num_rows}, more than data.max_bad_share={data.max_bad_share:g} allows. Raise train.max_length or the share."
+            f"{found.num_rejected} of {num_used} dialogues ask nothing before their last answer, or ask it in more than "
+            f"{limits.max_tokens} tokens (train.max_length less train.grpo.max_new_tokens); with {len(loaded.rejects)} of "
+            f"{loaded.num_rows} rows that are invalid this is more than data.max_bad_share={share:g} allows. Raise train.max_length or "
+            "the share."
         )
     if not found.num_rows:
         raise NothingToTrain(f"None of the {loaded.num_rows} rows of {data.path} is a question with an answer. Add some.")

@@ -162,17 +162,21 @@ def check_tokens(tokens: TokenSet, *, num_rows: int, num_invalid: int, data: Dat
     Raises:
         NothingToTrain, TooManyBadRows: see `tokenise`.
     """
-    num_bad = num_invalid + tokens.num_rejected
-    if num_bad > data.max_bad_share * num_rows:
+    num_bad, num_used = num_invalid + tokens.num_rejected, tokens.num_rows + tokens.num_rejected
+    share = data.max_bad_share
+    if num_bad > share * num_rows or tokens.num_rejected > share * num_used:  # data.limit uses fewer than were read
         raise TooManyBadRows(
-            f"{tokens.num_rejected} dialogues have no assistant turn that ends within train.max_length={max_length} tokens; with "
-            f"{num_invalid} invalid rows that is {num_bad} of {num_rows}, more than "
-            f"data.max_bad_share={data.max_bad_share:g} allows. Raise train.max_length or the share."
+            f"{tokens.num_rejected} of {num_used} dialogues have no assistant turn that ends within train.max_length={max_length} tokens; "
+            f"with {num_invalid} of {num_rows} rows that are invalid this is more than data.max_bad_share={share:g} allows. "
+            "Raise train.max_length or the share."
         )
     if tokens.num_trained_tokens == 0:
-        raise NothingToTrain(
-            f"None of the {num_rows} rows of {data.path} has a token that carries loss: no assistant turn has text. Add answers."
+        why = (
+            f"no assistant turn ends within train.max_length={max_length} tokens. Raise it"
+            if tokens.num_rejected
+            else ("no assistant turn has text. Add answers")
         )
+        raise NothingToTrain(f"None of the {num_used} dialogues of {data.path} has a token that carries loss: {why}.")
     if tokens.num_shortened:
         _log.warning("%d dialogues were cut after an assistant turn to fit train.max_length=%d", tokens.num_shortened, max_length)
 

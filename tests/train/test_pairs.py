@@ -64,7 +64,7 @@ def test_a_pair_that_does_not_fit_is_left_out_with_the_reason(base, tmp_path, ca
     tokens = tokenise_pairs(rows, base, DATA.model_copy(update={"max_bad_share": 0.5}), LIMITS, tmp_path)
     assert (tokens.num_rows, tokens.num_rejected) == (1, 1)
     assert reason in caplog.text
-    with pytest.raises(TooManyBadRows, match=r"1 pairs do not fit train\.max_length=64"):
+    with pytest.raises(TooManyBadRows, match=r"1 of \d+ pairs do not fit train\.max_length=64"):
         tokenise_pairs(rows, base, DATA, LIMITS, tmp_path)
     with pytest.raises(NothingToTrain, match="None of the 1 rows"):
         tokenise_pairs(loaded(bad), base, DATA.model_copy(update={"max_bad_share": 1.0}), LIMITS, tmp_path / "other")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from r1ray.data.config import DataConfig
@@ -80,3 +82,16 @@ def test_a_set_without_any_answer_has_nothing_to_train(base, tmp_path) -> None:
     with pytest.raises(NothingToTrain):
         lenient = DATA.model_copy(update={"max_bad_share": 1.0})
         tokenise(loaded(dialogue("only a question")), base, lenient, max_length=100, cache=tmp_path)
+
+
+def test_of_a_sample_the_sample_counts_and_not_the_file(base, tmp_path) -> None:
+    """A hundred rows were read and two are used, one of which does not fit."""
+    few = replace(loaded(dialogue("short", "answer"), dialogue("long " * 200, "answer")), num_rows=100)
+    with pytest.raises(TooManyBadRows, match=r"1 of 2 dialogues .* train\.max_length=100"):
+        tokenise(few, base, DATA, max_length=100, cache=tmp_path)
+
+
+def test_a_set_of_which_nothing_fits_says_so(base, tmp_path) -> None:
+    lenient = DATA.model_copy(update={"max_bad_share": 1.0})
+    with pytest.raises(NothingToTrain, match=r"ends within train\.max_length=16 tokens\. Raise it"):
+        tokenise(loaded(dialogue("long " * 200, "answer")), base, lenient, max_length=16, cache=tmp_path)
