@@ -18,7 +18,7 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import to_jsonable_python
+from pydantic_core import ErrorDetails, to_jsonable_python
 
 from r1ray.errors import InvalidValue, UnknownKey
 
@@ -190,14 +190,15 @@ def _translate(schema: type[BaseModel], error: ValidationError, origin: str) -> 
     unknown = [p for p in problems if p["type"] == "extra_forbidden"]
     if unknown:
         return UnknownKey(" ".join(_unknown_key(schema, p["loc"], origin) for p in unknown))
-    lines = [_line(_dotted(p["loc"]), p["msg"].removeprefix("Value error, "), p.get("input")) for p in problems]
+    lines = [_line(p) for p in problems]
     return InvalidValue(f"In {origin}: " + " ".join(lines) + " Correct the value; each field's limits are in its config class.")
 
 
-def _line(key: str, message: str, given: Any) -> str:
-    """A whole section is not repeated: its message names the keys that do not go together."""
-    shown = "" if isinstance(given, dict) and len(given) > 1 else f" (got {given!r})"
-    return f"{key}: {message}{shown}." if key else f"{message}{shown}."
+def _line(problem: ErrorDetails) -> str:
+    """A section whose keys do not go together is not repeated: the message names them."""
+    given, message = problem["input"], problem["msg"].removeprefix("Value error, ")
+    shown = "" if problem["type"] == "value_error" and isinstance(given, dict) else f" (got {given!r})"
+    return f"{_dotted(problem['loc'])}: {message}{shown}."
 
 
 def _without_empty_sections(schema: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:

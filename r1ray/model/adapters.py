@@ -14,7 +14,11 @@ from r1ray.model.family import Family
 if TYPE_CHECKING:
     from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 
-__all__ = ["lora", "prefix_tuning", "prompt_tuning"]
+__all__ = ["MOST_POSITIONS", "POSITIONS_BLOCK", "lora", "prefix_tuning", "prompt_tuning"]
+
+POSITIONS_BLOCK = 32
+"""A soft prompt has whole blocks of the engine's KV cache, which all streams share."""
+MOST_POSITIONS = 1024
 
 
 def lora(  # noqa: PLR0913 - one parameter per setting of LoRA

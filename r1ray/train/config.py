@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from r1ray.config import Config
 from r1ray.data.config import DataConfig
+from r1ray.model.adapters import MOST_POSITIONS, POSITIONS_BLOCK
 from r1ray.train.blocks import DistillSettings, DpoSettings, GrpoSettings, RewardModelSettings
 from r1ray.train.parallel.layout import check_combination
 
@@ -40,19 +41,14 @@ class LoraSettings(Config):
         return self
 
 
-BLOCK = 32
-"""Positions of a block of the engine's cache, which all streams share."""
-MOST_POSITIONS = 1024
-
-
 class PromptSettings(Config):
     """What stands before every prompt; used when `method` is prompt (its embeddings) or prefix (its keys and values)."""
 
     num_virtual_tokens: int | None = Field(
         default=None,
-        ge=BLOCK,
+        ge=POSITIONS_BLOCK,
         le=MOST_POSITIONS,
-        multiple_of=BLOCK,
+        multiple_of=POSITIONS_BLOCK,
         description="Trained positions, whole blocks of the engine's cache; null: as many blocks as init_text fills.",
     )
     init_text: str | None = Field(

@@ -27,7 +27,7 @@ from r1ray.train.order import WorkOrder, resolve_order, worker_bundles
 from r1ray.train.parallel.layout import check_model
 from r1ray.train.plot import draw, sparkline
 from r1ray.train.progress import Follower, Step, curve, line
-from r1ray.train.soft_prompt import settle
+from r1ray.train.soft_prompt import resolve_soft_prompt
 from r1ray.train.standing import MARK, Standing
 from r1ray.types import Artifact
 
@@ -55,7 +55,7 @@ def finetune(config: FinetuneConfig, settings: Settings | None = None) -> Artifa
     base = _base(config, registry)
     objective = objective_of(config.train.objective)
     rows = objective.read(config)
-    config = settle(config, rows, base, _say)
+    config = resolve_soft_prompt(config, rows, base, _say)
     run = runs.run_name(config, base, rows.data_hash)
     directory = settings.checkpoints / run
     with runs.held(directory):

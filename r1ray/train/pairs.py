@@ -20,11 +20,11 @@ import pyarrow.compute as pc
 from r1ray.data.config import DataConfig
 from r1ray.data.preferences import LoadedPairs, hold_out_pairs
 from r1ray.data.split import origins_digest, stem_hash
-from r1ray.errors import NothingToTrain, TooManyBadRows
+from r1ray.errors import NothingToTrain
 from r1ray.model import template
 from r1ray.model.load import training_tokenizer
 from r1ray.train.mapped import MappedRows, mapped, write_rows
-from r1ray.train.tokens import tokenizer_hash
+from r1ray.train.tokens import check_left_out, tokenizer_hash
 from r1ray.types import Artifact, Preference
 
 if TYPE_CHECKING:
@@ -183,13 +183,12 @@ def _row(columns: dict[str, Any]) -> PairRow:
 
 
 def _check(tokens: PairSet, loaded: LoadedPairs, data: DataConfig, max_length: int) -> None:
-    num_bad, share = len(loaded.rejects) + tokens.num_rejected, data.max_bad_share
-    if num_bad > share * loaded.num_rows or tokens.num_rejected > share * len(loaded.pairs):  # data.limit uses fewer than were read
-        raise TooManyBadRows(
-            f"{tokens.num_rejected} of {len(loaded.pairs)} pairs do not fit train.max_length={max_length} tokens (prompt too long, or "
-            f"answers equal after the cut); with {len(loaded.rejects)} of {loaded.num_rows} rows that are invalid this is more than "
-            f"data.max_bad_share={share:g} allows. Raise train.max_length or the share."
-        )
+    check_left_out(
+        f"pairs do not fit train.max_length={max_length} tokens (prompt too long, or answers equal after the cut)",
+        (tokens.num_rejected, len(loaded.pairs)),
+        (len(loaded.rejects), loaded.num_rows),
+        data.max_bad_share,
+    )
     if tokens.num_rows == 0:
         raise NothingToTrain(f"None of the {loaded.num_rows} rows of {data.path} is left to train on. Add pairs, or lower eval_share.")
     if tokens.num_rejected:

@@ -21,11 +21,12 @@ import pyarrow.compute as pc
 from r1ray.data.config import DataConfig
 from r1ray.data.read import Loaded
 from r1ray.data.split import origins_digest, stem_hash
-from r1ray.errors import NothingToTrain, TooManyBadRows
+from r1ray.errors import NothingToTrain
 from r1ray.model import template
 from r1ray.model.load import load_tokenizer
 from r1ray.train.mapped import MappedRows, mapped, write_rows
 from r1ray.train.parts import draws
+from r1ray.train.tokens import check_left_out
 from r1ray.types import Artifact, Conversation, Message
 
 if TYPE_CHECKING:
@@ -106,14 +107,13 @@ def prepare_prompts(loaded: Loaded, artifact: Artifact, data: DataConfig, limits
     else:
         _log.info("prompts from the cache: %s", path)
     found = _described(path, len(loaded.conversations))
-    num_bad, num_used, share = len(loaded.rejects) + found.num_rejected, len(loaded.conversations), data.max_bad_share
-    if num_bad > share * loaded.num_rows or found.num_rejected > share * num_used:  # data.limit uses fewer than were read
-        raise TooManyBadRows(
-            f"{found.num_rejected} of {num_used} dialogues ask nothing before their last answer, or ask it in more than "
-            f"{limits.max_tokens} tokens (train.max_length less train.grpo.max_new_tokens); with {len(loaded.rejects)} of "
-            f"{loaded.num_rows} rows that are invalid this is more than data.max_bad_share={share:g} allows. Raise train.max_length or "
-            "the share."
-        )
+    check_left_out(
+        f"dialogues ask nothing before their last answer, or ask it in more than {limits.max_tokens} tokens (train.max_length less "
+        "train.grpo.max_new_tokens)",
+        (found.num_rejected, len(loaded.conversations)),
+        (len(loaded.rejects), loaded.num_rows),
+        data.max_bad_share,
+    )
     if not found.num_rows:
         raise NothingToTrain(f"None of the {loaded.num_rows} rows of {data.path} is a question with an answer. Add some.")
     return found

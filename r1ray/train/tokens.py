@@ -35,7 +35,7 @@ from r1ray.types import Artifact, Conversation, Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Encoder", "TokenSet", "check_tokens", "described", "fit", "remove_damaged", "tokenise", "tokenizer_hash"]
+__all__ = ["Encoder", "TokenSet", "check_left_out", "check_tokens", "described", "fit", "remove_damaged", "tokenise", "tokenizer_hash"]
 
 FORMAT = 3
 """Of the cache; raise it when the meaning of a column changes."""
@@ -162,23 +162,33 @@ def check_tokens(tokens: TokenSet, *, num_rows: int, num_invalid: int, data: Dat
     Raises:
         NothingToTrain, TooManyBadRows: see `tokenise`.
     """
-    num_bad, num_used = num_invalid + tokens.num_rejected, tokens.num_rows + tokens.num_rejected
-    share = data.max_bad_share
-    if num_bad > share * num_rows or tokens.num_rejected > share * num_used:  # data.limit uses fewer than were read
-        raise TooManyBadRows(
-            f"{tokens.num_rejected} of {num_used} dialogues have no assistant turn that ends within train.max_length={max_length} tokens; "
-            f"with {num_invalid} of {num_rows} rows that are invalid this is more than data.max_bad_share={share:g} allows. "
-            "Raise train.max_length or the share."
-        )
+    num_used = tokens.num_rows + tokens.num_rejected
+    check_left_out(
+        f"dialogues have no assistant turn that ends within train.max_length={max_length} tokens",
+        (tokens.num_rejected, num_used),
+        (num_invalid, num_rows),
+        data.max_bad_share,
+    )
     if tokens.num_trained_tokens == 0:
-        why = (
-            f"no assistant turn ends within train.max_length={max_length} tokens. Raise it"
-            if tokens.num_rejected
-            else ("no assistant turn has text. Add answers")
-        )
+        short, empty = f"ends within train.max_length={max_length} tokens. Raise it", "has text. Add answers"
+        why = f"no assistant turn {short if tokens.num_rejected else empty}"
         raise NothingToTrain(f"None of the {num_used} dialogues of {data.path} has a token that carries loss: {why}.")
     if tokens.num_shortened:
         _log.warning("%d dialogues were cut after an assistant turn to fit train.max_length=%d", tokens.num_shortened, max_length)
+
+
+def check_left_out(what: str, rejected: tuple[int, int], invalid: tuple[int, int], share: float) -> None:
+    """Refuse a set that lost more than `share`. `rejected`: how many do not fit, of those used; `invalid`: rows, of those read.
+
+    Raises:
+        TooManyBadRows: `what` says why the rejected ones do not fit.
+    """
+    (num_rejected, num_used), (num_invalid, num_rows) = rejected, invalid
+    if num_rejected > share * num_used or num_rejected + num_invalid > share * num_rows:  # data.limit uses fewer than were read
+        raise TooManyBadRows(
+            f"{num_rejected} of {num_used} {what}; with {num_invalid} of {num_rows} rows that are invalid this is more than "
+            f"data.max_bad_share={share:g} allows. Raise train.max_length or the share."
+        )
 
 
 class _Encoding:

@@ -25,7 +25,7 @@ from r1ray.train.config import FinetuneConfig
 from r1ray.train.fit import fit
 from r1ray.train.order import WorkOrder, resolve_order
 from r1ray.train.progress import curve
-from r1ray.train.soft_prompt import settle
+from r1ray.train.soft_prompt import resolve_soft_prompt
 from r1ray.train.standing import MARK
 from r1ray.train.tokens import tokenise
 from r1ray.tune.config import HyperparameterSweepConfig
@@ -58,7 +58,7 @@ def _prepare(
     """The workers measure the sweep's held-out rows, the same ones in every trial: at the end, and as often as train.eval_share wants."""
     base = Registry(settings).resolve(config.base)
     parts = divide(config.data, sweep)
-    config = settle(config, parts[0], base, _log.info)
+    config = resolve_soft_prompt(config, parts[0], base, _log.info)
     trained, held_out = (tokenise(part, base, config.data, max_length=config.train.max_length, cache=settings.cache) for part in parts)
     train = config.train
     threads = train.threads_per_worker or max(1, (os.cpu_count() or 1) // (train.min_workers * num_concurrent))

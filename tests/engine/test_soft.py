@@ -10,6 +10,7 @@ import pytest
 from r1ray.engine.backend import BLOCK_SIZE
 from r1ray.engine.soft import SoftPrompted, check_soft_prompt
 from r1ray.errors import AdapterMismatch, UnsupportedModel
+from r1ray.model.adapters import POSITIONS_BLOCK
 from r1ray.model.soft import read_soft_prompt, soft_kind
 from tests.engine import conftest as kit
 
@@ -82,3 +83,7 @@ def test_a_soft_prompt_that_does_not_fit_is_refused_by_name(tiny_llama, tmp_path
     assert soft_kind(tiny_llama) is None
     with pytest.raises(AdapterMismatch, match="holds no soft prompt"):
         read_soft_prompt(tiny_llama)
+
+
+def test_what_is_trained_and_planned_has_whole_blocks() -> None:
+    assert POSITIONS_BLOCK % BLOCK_SIZE == 0

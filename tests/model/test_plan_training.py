@@ -93,10 +93,9 @@ def test_activations_are_what_autograd_keeps(family, method, attention, checkpoi
     config = {"max_position_embeddings": 512, **SMALL, **CONFIGS[family]}
     shape, batch = shape_of(config), Batch(size=3, length=96, num_supervised=3 * 95)
     kept = bytes_kept(config, method=method, attention=attention, checkpointing=checkpointing, batch=batch)
-    adapter = {"full": None, "lora": adapter_of(shape, rank=4)}.get(method) or (
-        soft_prompt_of(shape, method, 64) if method in ("prompt", "prefix") else None
-    )
-    planned = activations_of(shape, batch, adapter=adapter, attention=attention, checkpointing=checkpointing)
+    adapters = {"full": lambda: None, "lora": lambda: adapter_of(shape, rank=4)}
+    adapter = adapters.get(method, lambda: soft_prompt_of(shape, method, 64))
+    planned = activations_of(shape, batch, adapter=adapter(), attention=attention, checkpointing=checkpointing)
     assert planned.kept + planned.logits / 2 == pytest.approx(kept, rel=0.02)  # of the logits only the gradient outlives the forward pass
 
 

@@ -12,7 +12,7 @@ from r1ray.model.importer import import_model
 from r1ray.model.load import load_tokenizer
 from r1ray.train.config import FinetuneConfig
 from r1ray.train.objective import objective_of
-from r1ray.train.soft_prompt import settle
+from r1ray.train.soft_prompt import resolve_soft_prompt
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def settled(base, path, *changes, method="prefix"):
     config = load_config(FinetuneConfig, None, ["name=t", f"data.path={path}", f"train.method={method}", *changes])
     said: list[str] = []
     rows = objective_of(config.train.objective).read(config)
-    return settle(config, rows, base, said.append).train.prompt, said
+    return resolve_soft_prompt(config, rows, base, said.append).train.prompt, said
 
 
 @pytest.fixture

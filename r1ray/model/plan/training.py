@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from r1ray.config import Config
 from r1ray.errors import InvalidValue
+from r1ray.model.adapters import MOST_POSITIONS, POSITIONS_BLOCK
 from r1ray.model.plan.activations import Activations, Attention, Batch, activations_of
 from r1ray.model.plan.adapter import Adapter, adapter_of, soft_prompt_of
 from r1ray.model.plan.hardware import GIB, Assumptions, Hardware, Pool
@@ -38,7 +39,13 @@ class TrainingWish(Config):
     )
     rank: int = Field(default=16, ge=1, description="Rank of the adapter.")
     targets: tuple[str, ...] | None = Field(default=None, description="Linear layers to adapt; null: the family's own.")
-    num_virtual_tokens: int = Field(default=32, ge=32, le=1024, multiple_of=32, description="Positions of a soft prompt.")
+    num_virtual_tokens: int = Field(
+        default=POSITIONS_BLOCK,
+        ge=POSITIONS_BLOCK,
+        le=MOST_POSITIONS,
+        multiple_of=POSITIONS_BLOCK,
+        description="Positions of a soft prompt.",
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(default=2, description="1 splits optimizer states, 2 gradients too, 3 weights too.")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="Weights and arithmetic; master weights stay float32."
@@ -336,8 +343,8 @@ def relaxed(wish: TrainingWish) -> list[TrainingWish]:
         {"micro_batch_size": 1},
         {"offload": "optimizer"},
     ]
-    if wish.method == "prefix":
-        steps = steps[2:]
+    if wish.method == "prefix":  # it can be neither computed twice nor split
+        steps = [step for step in steps if not {"gradient_checkpointing", "zero_stage"} & step.keys()]
     if wish.tensor * wish.pipeline > 1:  # ZeRO-3 would split the same weights, and offloading was not tried
         steps = [step for step in steps if not {"zero_stage", "offload"} & step.keys()]
     wishes, current = [], wish
