@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from r1ray.errors import UnsupportedModel
+from r1ray.train.attention import set_attention
 from r1ray.train.dropout import set_dropout
 from r1ray.train.order import WorkOrder
 
@@ -33,7 +34,7 @@ def trained_model(order: WorkOrder) -> PreTrainedModel:
         model = _with_head(order)
     else:
         model = load_model(order.base, registry=Registry(order.settings), dtype=order.dtype, device=_place(order))
-    model.set_attn_implementation(order.attention)
+    set_attention(model, order.attention)
     model.config.use_cache = False
     if order.config.dropout:
         set_dropout(model, order.config.dropout)

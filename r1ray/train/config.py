@@ -120,8 +120,10 @@ class TrainConfig(Config):
         "GPUs without bfloat16; its loss is scaled.",
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of attention weights, and of hidden states where the model can.")
-    attention: Literal["auto", "eager", "sdpa"] = Field(
-        default="auto", description="Attention code; auto: eager on CPUs, where PyTorch's fused backward is the slower one, sdpa on GPUs."
+    attention: Literal["auto", "eager", "sdpa", "blockwise"] = Field(
+        default="auto",
+        description="Attention code; auto: sdpa on GPUs, on CPUs blockwise (r1ray's own, for the Llama, Qwen2 and DeepSeek-V3 "
+        "architectures) and eager for what that does not do.",
     )
     gradient_checkpointing: bool = Field(default=False, description="Compute activations twice to store less: about a quarter slower.")
 
@@ -154,8 +156,10 @@ class TrainConfig(Config):
     batch_size: int = Field(default=16, ge=1, description="Dialogues per optimizer step, over all workers.")
     micro_batch_size: int = Field(default=4, ge=1, description="Dialogues per forward pass of a worker; the rest is gradient accumulation.")
     max_length: int = Field(default=1024, ge=16, description="Longest dialogue in tokens; a longer one is cut after an assistant turn.")
-    packing: bool = Field(
-        default=False, description="Lay a micro-batch's dialogues end to end with separate attention instead of padding them."
+    packing: bool | None = Field(
+        default=None,
+        description="Lay a micro-batch's dialogues end to end with separate attention instead of padding them; null: where it costs "
+        "nothing, which is sft with blockwise attention.",
     )
     mix: bool = Field(
         default=True, description="Draw the rows of a file of jobs/prepare_data.py as its mix plan says; false: as they come."
@@ -210,6 +214,7 @@ class TrainConfig(Config):
             )
         if self.packing and self.method in ("prompt", "prefix"):
             raise ValueError(f"packing lays dialogues end to end, and method {self.method} goes before each of them; set packing=false")
+        self._can_attend()
         check_combination(self)
         self._can_measure()
         if self.min_workers > self.max_workers:
@@ -240,6 +245,17 @@ class TrainConfig(Config):
         if self.zero_stage < least:
             raise ValueError(f"offload {self.offload} needs ZeRO; set zero_stage={least}, it is {self.zero_stage}")
 
+    def _can_attend(self) -> None:
+        if self.attention != "blockwise":
+            return
+        if self.use_gpu:
+            raise ValueError("attention blockwise is written for CPUs; set attention=auto, which is sdpa with use_gpu")
+        if self.dropout or self.method == "prefix":
+            what = f"dropout {self.dropout}" if self.dropout else "method prefix"
+            raise ValueError(f"attention blockwise does not know {what}; set attention=auto, which takes eager then")
+        if self.packing and self.learns_logits:
+            raise ValueError("attention blockwise does not pack rows for a teacher; set packing=false, or attention=auto")
+
     def _can_measure(self) -> None:
         own = _OWN_MEASURES.get(self.objective)
         if own is not None and (self.eval_share or self.early_stopping_patience is not None):
@@ -262,6 +278,11 @@ class TrainConfig(Config):
     @property
     def max_workers(self) -> int:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def learns_logits(self) -> bool:
+        """Whether a teacher computes each pass beside the trained model."""
+        return self.objective == "distill" and self.distill.mode == "logits"
 
     @property
     def rows_per_batch(self) -> int:

@@ -2,7 +2,8 @@
 
 The rows may lie in mapped files: each is asked for once per pass, and none is kept.
 Right padding needs no attention mask: with causal attention no real position looks to its right, and padding carries no loss.
-Packed dialogues restart their position ids, from which transformers builds an attention mask that keeps them apart.
+Packed dialogues restart their position ids, from which transformers builds an attention mask that keeps them apart; attention that computes
+row by row is told their lengths in its place.
 
 Shapes: B rows, T positions.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from r1ray.train.attention import BLOCKWISE, row_lengths
 from r1ray.train.batches import BatchPlan
 
 __all__ = ["Feed"]
@@ -35,6 +37,7 @@ class Feed(Dataset[dict[str, torch.Tensor]]):
     accumulation: int
     pad_id: int
     packing: bool = False
+    attention: str = "eager"
 
     def __len__(self) -> int:
         return self.num_steps * self.accumulation
@@ -75,7 +78,10 @@ class Feed(Dataset[dict[str, torch.Tensor]]):
         pairs = [self._row(row) for row in rows]
         positions = [torch.arange(len(ids)) for ids, _ in pairs]
         ids_1T, labels_1T = (torch.cat(parts)[None] for parts in zip(*pairs, strict=True))
-        return {"input_ids": ids_1T, "labels": labels_1T, "position_ids": torch.cat(positions)[None]}
+        packed = {"input_ids": ids_1T, "labels": labels_1T, "position_ids": torch.cat(positions)[None]}
+        if self.attention == BLOCKWISE:
+            packed["attention_mask"] = row_lengths([len(ids) for ids, _ in pairs])
+        return packed
 
     def _row(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids, labels); a dialogue's first token has nothing that predicts it, least of all its neighbour's last."""

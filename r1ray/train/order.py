@@ -5,20 +5,22 @@ For a fine-tuning job and for each trial of a sweep alike. Runs in the driver, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from r1ray.errors import InvalidValue
+from r1ray.model.checkpoint import read_json
 from r1ray.model.load import Dtype, choose_dtype
 from r1ray.settings import Settings
 from r1ray.train import runs
 from r1ray.train.batches import BatchPlan, accumulation_steps
 from r1ray.train.config import TrainConfig
-from r1ray.train.parallel.layout import layout_of
+from r1ray.train.parallel.layout import SPLITTABLE, layout_of, slides
 from r1ray.types import Artifact
 
-__all__ = ["Material", "WorkOrder", "plan_for", "plan_of", "resolve_order", "worker_bundles"]
+__all__ = ["Material", "WorkOrder", "attention_of", "plan_for", "plan_of", "resolve_order", "worker_bundles"]
 
 
 class Material(Protocol):
@@ -99,11 +101,11 @@ def resolve_order(
     layout = layout_of(config, config.max_workers)
     accumulation = accumulation_steps(config.rows_per_batch, layout.data, config.micro_batch_size)
     dtype, reason = (known.dtype, "the run began with it") if known else _dtype(config)
-    eager = not config.use_gpu and layout.sequence == 1
-    attention = config.attention if config.attention != "auto" else "eager" if eager else "sdpa"
+    attention = attention_of(config, read_json(base.path / "config.json"), base.ref)
+    config = config.model_copy(update={"packing": _packs(config, attention)})
     say(f"{directory.name} on {base.ref}")
-    is_padded = material.is_complete and not config.packing
-    say(f"{material.told}, {plan.padding_share(layout.data, accumulation):.1%} padding" if is_padded else material.told)
+    padding = "no" if config.packing else f"{plan.padding_share(layout.data, accumulation):.1%}"
+    say(f"{material.told}, {padding} padding" if material.is_complete else material.told)
     budget = f", at most {config.max_seconds:.0f} s" if config.max_seconds else ""
     say(f"{num_steps} steps of {config.batch_size} dialogues ({_workers(config)} x {accumulation} passes){budget}")
     if (told := plan.told(num_steps)) is not None:
@@ -124,6 +126,37 @@ def resolve_order(
         settings=settings,
         held_out=held_out,
     )
+
+
+def attention_of(config: TrainConfig, model: Mapping[str, Any], ref: str) -> str:
+    """Which of transformers' attention functions, or ours, a training with `config` uses.
+
+    Args:
+        model: config.json of what is trained, or of its teacher.
+        ref: Its name, for the message.
+
+    Raises:
+        InvalidValue: `attention: blockwise` for a model of which no test holds that it gives the same.
+    """
+    is_known = model.get("model_type") in SPLITTABLE and not slides(model)
+    if config.attention == "blockwise" and not is_known:
+        raise InvalidValue(
+            f"train.attention=blockwise is for models of type {', '.join(SPLITTABLE)} without sliding windows; {ref} is of type "
+            f"{model.get('model_type')}. Set train.attention=auto."
+        )
+    if config.attention != "auto":
+        return config.attention
+    if config.use_gpu or config.parallelism.sequence > 1:
+        return "sdpa"
+    is_masked = config.dropout or config.method == "prefix" or (config.packing and config.learns_logits)
+    return "blockwise" if is_known and not is_masked else "eager"
+
+
+def _packs(config: TrainConfig, attention: str) -> bool:
+    if config.packing is not None:
+        return config.packing
+    has_rows = config.objective in ("sft", "distill") and not config.learns_logits and config.method in ("lora", "full")
+    return attention == "blockwise" and has_rows and config.parallelism.split == 1
 
 
 def _parts(config: TrainConfig, material: Material) -> tuple[Material, Material | None]:

@@ -13,6 +13,7 @@ import os
 import pickle
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,14 @@ def main() -> None:
     disable_deepspeed_shm()
     dist.init_process_group("gloo")
     order: WorkOrder = pickle.loads(arguments.order.read_bytes())
+    if arguments.framework == "ddp":  # padded rows and the quicker of transformers' two ways to attend on a CPU
+        order = replace(order, attention="eager", config=order.config.model_copy(update={"packing": False}))
     config = order.config
     accumulation = accumulation_steps(config.batch_size, world, config.micro_batch_size)
     ids, masks = order.material.rows()
     feed = Feed(
         input_ids=ids, masks=masks, plan=plan_for(config, order.material), num_steps=order.num_steps, rank=rank, num_workers=world,
-        accumulation=accumulation, pad_id=0,
+        accumulation=accumulation, pad_id=0, packing=bool(config.packing), attention=order.attention,
     )  # fmt: skip
     model = trained_model(order)
     if arguments.framework != "ddp":

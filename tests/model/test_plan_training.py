@@ -40,12 +40,14 @@ def bytes_kept(config, *, method, attention, checkpointing, batch):
     from r1ray.model.adapters import lora as lora_config
     from r1ray.model.adapters import prefix_tuning, prompt_tuning
     from r1ray.model.family import Family
+    from r1ray.train.attention import set_attention
     from r1ray.train.loss import add_supervised_loss
 
     torch.manual_seed(0)
     kept = {key: value for key, value in config.items() if key != "model_type"}
     described = AutoConfig.for_model(config["model_type"], **kept)
-    model = AutoModelForCausalLM.from_config(described, dtype=torch.bfloat16, attn_implementation=attention).train()
+    model = AutoModelForCausalLM.from_config(described, dtype=torch.bfloat16).train()
+    set_attention(model, attention)
     add_supervised_loss(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -87,11 +89,16 @@ def bytes_kept(config, *, method, attention, checkpointing, batch):
         ("deepseek_v3", "full", "eager", False),
         ("deepseek_v3", "lora", "eager", False),
         ("deepseek_v3", "prompt", "eager", False),
+        ("llama", "lora", "blockwise", False),
+        ("qwen2", "full", "blockwise", False),
+        ("llama", "prompt", "blockwise", False),
+        ("deepseek_v3", "lora", "blockwise", False),
     ],
 )
-def test_activations_are_what_autograd_keeps(family, method, attention, checkpointing):
+@pytest.mark.parametrize("length", [96, 300])
+def test_activations_are_what_autograd_keeps(family, method, attention, checkpointing, length):
     config = {"max_position_embeddings": 512, **SMALL, **CONFIGS[family]}
-    shape, batch = shape_of(config), Batch(size=3, length=96, num_supervised=3 * 95)
+    shape, batch = shape_of(config), Batch(size=3, length=length, num_supervised=3 * (length - 1))
     kept = bytes_kept(config, method=method, attention=attention, checkpointing=checkpointing, batch=batch)
     adapters = {"full": lambda: None, "lora": lambda: adapter_of(shape, rank=4)}
     adapter = adapters.get(method, lambda: soft_prompt_of(shape, method, 64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -205,16 +206,21 @@ def test_an_engine_that_cannot_write_the_answers_says_why(bench) -> None:
         objective_of("grpo").trainer(made)
 
 
-@pytest.mark.parametrize(("objective", "is_padded"), [("sft", True), ("grpo", False)])
-def test_padding_is_told_where_the_rows_are_all_that_is_computed(bench, objective, is_padded) -> None:
+@pytest.mark.parametrize(
+    ("objective", "attention", "told"), [("sft", "eager", r"\d% padding$"), ("sft", "auto", ", no padding$"), ("grpo", "auto", None)]
+)
+def test_padding_is_told_where_the_rows_are_all_that_is_computed(bench, objective, attention, told) -> None:
     order, said = bench().order, []
-    config = load_config(FinetuneConfig, None, ["base=tiny", f"data.path={order.settings.home / 'rows.jsonl'}", "train.batch_size=8"])
+    changes = [f"data.path={order.settings.home / 'rows.jsonl'}", "train.batch_size=8", f"train.attention={attention}"]
+    config = load_config(FinetuneConfig, None, ["base=tiny", *changes])
     material = order.material
     if objective == "sft":
         learner = objective_of("sft")
         material = learner.prepare(learner.read(config), order.base, config, order.settings)
     resolve_order(config.train, order.base, material, order.run_directory, order.settings, said.append)
-    assert any("padding" in line for line in said) is is_padded
+    lines = [line for line in said if "padding" in line]
+    assert len(lines) == (told is not None)
+    assert told is None or re.search(told, lines[0])
 
 
 def test_a_step_in_which_every_group_agrees_is_told_and_what_it_leaves_can_be_saved(bench, caplog, tmp_path) -> None:

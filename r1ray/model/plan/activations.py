@@ -15,7 +15,9 @@ from r1ray.model.plan.shape import ModelShape
 
 __all__ = ["Activations", "Attention", "Batch", "activations_of"]
 
-Attention = Literal["eager", "sdpa"]
+Attention = Literal["eager", "sdpa", "blockwise"]
+_BLOCK = 128
+"""Queries that blockwise attention (r1ray/train/attention.py) computes at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +95,23 @@ def _attention(shape: ModelShape, length: int, seen: int, adapter: Adapter | Non
         keys = (queries + values) * seen / length
         output = values if feeds_trained else 0  # what o_proj multiplies
         return kept + size * (queries + keys + output) + shape.num_heads * seen * (4 + size)
+    if attention == "blockwise":  # each block's probabilities as multiplied; keys and values of the heads that there are
+        keys = shape.num_kv_heads * (shape.key_dim + shape.value_dim)
+        if shape.latent is not None:  # values are a view of what keys were made of, too
+            keys = 2 * queries + values - shape.num_heads * shape.latent.rope_dim
+        output = values if feeds_trained else 0
+        return kept + size * (queries + keys + output + shape.num_heads * _met(length))
     is_cached = adapter is not None and adapter.num_cached > 0
     shared = shape.num_heads if shape.latent is not None or is_cached else shape.num_kv_heads
     keys = shared * (shape.key_dim + shape.value_dim) * seen / length
     mask = seen if is_cached else 0  # what is cached takes a mask, which every layer converts, and keys and values of every head
     return kept + size * (queries + keys + values + mask) + 4 * shape.num_heads
+
+
+def _met(length: int) -> float:
+    """Keys that a position meets on average, where a block meets all keys before its end."""
+    ends = [min(start + _BLOCK, length) for start in range(0, length, _BLOCK)]
+    return sum(end * (end - start) for start, end in zip(range(0, length, _BLOCK), ends, strict=True)) / length
 
 
 def _unmoved(shape: ModelShape, length: int, seen: int, attention: Attention, size: float) -> float:

@@ -50,7 +50,7 @@ class TrainingWish(Config):
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="Weights and arithmetic; master weights stay float32."
     )
-    attention: Attention = Field(default="sdpa", description="eager keeps all attention probabilities, sdpa none.")
+    attention: Attention = Field(default="sdpa", description="eager keeps all attention probabilities, blockwise half, sdpa none.")
     gradient_checkpointing: bool = Field(default=False, description="Compute activations twice to store less.")
     offload: Literal["none", "optimizer", "parameters"] = Field(
         default="none", description="To the node's memory: optimizer states, or weights too."
@@ -303,7 +303,7 @@ def _own_wires(pool: Pool, split: int) -> float:
 def _operations(shape: ModelShape, wish: TrainingWish, trainable: int) -> float:
     """Per token: forward, gradients of inputs, gradients of the trained weights, and the second forward pass of checkpointing."""
     length = wish.length + (wish.num_virtual_tokens if wish.method == "prompt" else 0)
-    attended = length if wish.attention == "eager" else length / 2  # eager also computes what the causal mask hides
+    attended = length if wish.attention == "eager" else length / 2  # it also computes what the causal mask hides
     attended += wish.num_virtual_tokens if wish.method == "prefix" else 0
     forward = shape.forward_operations(attended)
     inputs = forward + shape.attention_operations(attended)

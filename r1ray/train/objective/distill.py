@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from r1ray.data.read import Loaded
 from r1ray.errors import UnsupportedModel
+from r1ray.model.checkpoint import read_json
 from r1ray.registry import Registry
 from r1ray.settings import Settings
 from r1ray.train.objective.base import Bench
 from r1ray.train.objective.sft import Supervised
+from r1ray.train.order import attention_of
 from r1ray.train.tokens import TokenSet
 from r1ray.types import Artifact
 
@@ -50,6 +52,7 @@ class Distilled(Supervised):
         if config.distill.mode == "texts":
             return super().trainer(bench)
         from r1ray.model.load import load_model
+        from r1ray.train.attention import set_attention
         from r1ray.train.objective.distill_trainer import DistilledTrainer
 
         settings = bench.order.settings
@@ -58,7 +61,7 @@ class Distilled(Supervised):
         trainer = super().trainer(bench)
         assert isinstance(trainer, DistilledTrainer), "made by this class"
         model = load_model(teacher, registry=Registry(settings), dtype=bench.order.dtype, device=str(trainer.args.device))
-        model.set_attn_implementation(bench.order.attention)
+        set_attention(model, attention_of(config, read_json(teacher.path / "config.json"), teacher.ref))
         trainer.learn_from(model, config.distill)
         return trainer
 

@@ -75,7 +75,8 @@ class Supervised(Objective):
             num_workers=bench.num_workers,
             accumulation=bench.accumulation,
             pad_id=tokenizer.pad_token_id or 0,
-            packing=order.config.packing,
+            packing=bool(order.config.packing),
+            attention=order.attention,
         )
         trainer: SupervisedTrainer | PipelineTrainer
         if bench.layout.pipeline > 1:

@@ -140,7 +140,7 @@ def check_model(config: TrainConfig, model: Mapping[str, Any], ref: str) -> None
             f"train.parallelism.pipeline={degrees.pipeline}, but {ref} has {num_layers} layers and a stage needs one at least. "
             f"Set it to 1-{num_layers}."
         )
-    if (degrees.pipeline > 1 or degrees.sequence > 1) and _slides(model):
+    if (degrees.pipeline > 1 or degrees.sequence > 1) and slides(model):
         raise InvalidValue(
             f"{ref} has sliding-window attention, of which neither stages nor slices of a sequence know. Set train.parallelism.pipeline=1 "
             "and sequence=1; tensor works."
@@ -156,7 +156,8 @@ SPLITTABLE = ("deepseek_v3", "llama", "qwen2")
 """Types of which tests hold that the split trains as the whole does: R1, its distills, and Llama's other relatives."""
 
 
-def _slides(model: Mapping[str, Any]) -> bool:
+def slides(model: Mapping[str, Any]) -> bool:
+    """Whether some layers of this config.json see only a window of what is before a position."""
     kinds = model.get("layer_types") or ()
     return bool(model.get("use_sliding_window")) or "sliding_attention" in kinds
 
