@@ -4,10 +4,11 @@
 
 SmolLM2-135M in bfloat16 on the bank demo's dialogues, 2 workers of one compute thread each, the same batches and the same loss for all.
 `ours` is what jobs/finetune.py runs: Ray Train, TRL's trainer, DeepSpeed ZeRO-2, float32 masters, progress and reports. `ddp` has no
-masters and does less; it is plain: PEFT's LoRA layers, transformers' attention, padded rows, malloc as it comes; `ddp-fused` has all that as
-we have it. `deepspeed` is our configuration, layers and malloc in a bare loop, so ours / deepspeed is the share of Ray and TRL. `scaling` is one worker against two, one thread each, for us and for
-`ddp-fused`: what that gains is what the machine lets two workers gain. All train by turns, round after round, on the same batches: a figure
-is the median step without the first two of each round, a ratio the median of the ratios step by step, memory the largest worker's peak.
+masters and does less; it is plain: PEFT's LoRA layers, transformers' attention, padded rows, malloc as it comes. `ddp-fused` has all that
+as we have it. `deepspeed` is our configuration, layers and malloc in a bare loop, so ours / deepspeed is the share of Ray and TRL.
+`scaling` is one worker against two, one thread each, for us and for `ddp-fused`: what that gains is what the machine lets two workers
+gain. All train by turns, round after round, on the same batches: a figure is the median step without the first two of each round, a ratio
+the median of the ratios step by step, memory the largest worker's peak.
 """
 
 from __future__ import annotations

@@ -158,8 +158,8 @@ class TrainConfig(Config):
     max_length: int = Field(default=1024, ge=16, description="Longest dialogue in tokens; a longer one is cut after an assistant turn.")
     packing: bool | None = Field(
         default=None,
-        description="Lay a micro-batch's dialogues end to end with separate attention instead of padding them; null: where it costs "
-        "nothing, which is sft with blockwise attention.",
+        description="Lay a micro-batch's dialogues end to end with separate attention instead of padding them; null: in sft with "
+        "blockwise attention, where padding would be more than 5 %.",
     )
     mix: bool = Field(
         default=True, description="Draw the rows of a file of jobs/prepare_data.py as its mix plan says; false: as they come."

@@ -23,6 +23,10 @@ from r1ray.types import Artifact
 __all__ = ["Material", "WorkOrder", "attention_of", "plan_for", "plan_of", "resolve_order", "worker_bundles"]
 
 
+_MUCH_PADDING = 0.05
+"""Share of the positions. Less of it costs about what attending row by row does."""
+
+
 class Material(Protocol):
     """Tokenised rows on disk and what they hold; small, since it is pickled to the workers."""
 
@@ -102,10 +106,12 @@ def resolve_order(
     accumulation = accumulation_steps(config.rows_per_batch, layout.data, config.micro_batch_size)
     dtype, reason = (known.dtype, "the run began with it") if known else _dtype(config)
     attention = attention_of(config, read_json(base.path / "config.json"), base.ref)
-    config = config.model_copy(update={"packing": _packs(config, attention)})
+    padding = plan.padding_share(layout.data, accumulation) if material.is_complete else 0.0
+    if config.packing is None:
+        config = config.model_copy(update={"packing": _can_pack(config, attention) and padding > _MUCH_PADDING})
     say(f"{directory.name} on {base.ref}")
-    padding = "no" if config.packing else f"{plan.padding_share(layout.data, accumulation):.1%}"
-    say(f"{material.told}, {padding} padding" if material.is_complete else material.told)
+    padded = f"no padding (end to end instead of {padding:.1%})" if config.packing else f"{padding:.1%} padding"
+    say(f"{material.told}, {padded}" if material.is_complete else material.told)
     budget = f", at most {config.max_seconds:.0f} s" if config.max_seconds else ""
     say(f"{num_steps} steps of {config.batch_size} dialogues ({_workers(config)} x {accumulation} passes){budget}")
     if (told := plan.told(num_steps)) is not None:
@@ -152,9 +158,8 @@ def attention_of(config: TrainConfig, model: Mapping[str, Any], ref: str) -> str
     return "blockwise" if is_known and not is_masked else "eager"
 
 
-def _packs(config: TrainConfig, attention: str) -> bool:
-    if config.packing is not None:
-        return config.packing
+def _can_pack(config: TrainConfig, attention: str) -> bool:
+    """At no cost that grows with the length of a pass."""
     has_rows = config.objective in ("sft", "distill") and not config.learns_logits and config.method in ("lora", "full")
     return attention == "blockwise" and has_rows and config.parallelism.split == 1
 

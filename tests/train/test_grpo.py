@@ -207,11 +207,11 @@ def test_an_engine_that_cannot_write_the_answers_says_why(bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "attention", "told"), [("sft", "eager", r"\d% padding$"), ("sft", "auto", ", no padding$"), ("grpo", "auto", None)]
+    ("objective", "packing", "told"), [("sft", "false", r"\d% padding$"), ("sft", "true", r"no padding \(end"), ("grpo", "null", None)]
 )
-def test_padding_is_told_where_the_rows_are_all_that_is_computed(bench, objective, attention, told) -> None:
+def test_padding_is_told_where_the_rows_are_all_that_is_computed(bench, objective, packing, told) -> None:
     order, said = bench().order, []
-    changes = [f"data.path={order.settings.home / 'rows.jsonl'}", "train.batch_size=8", f"train.attention={attention}"]
+    changes = [f"data.path={order.settings.home / 'rows.jsonl'}", "train.batch_size=8", f"train.packing={packing}"]
     config = load_config(FinetuneConfig, None, ["base=tiny", *changes])
     material = order.material
     if objective == "sft":

@@ -95,6 +95,19 @@ def test_without_the_mix_the_same_file_is_another_run_in_plain_order(prepared, b
     assert sorted(row for step in range(plan.steps_per_epoch) for row in plan.batch(step)) == list(range(plain[1].num_rows))
 
 
+def test_rows_lie_end_to_end_where_the_plan_mixes_lengths_and_not_where_batches_are_of_one_length(base, settings, tmp_path) -> None:
+    sources = [{"path": write_parquet(demo_conversations("train")[:300], tmp_path / "rows.parquet")}]
+    tree = {"sources": sources, "out": tmp_path / "x.parquet", "mix": {"short_share": 0.4}, "progress_s": None}
+    prepared = prepare(PrepareConfig.model_validate(tree), settings).out
+    packed = {}
+    for mix, attention in (("true", "auto"), ("false", "auto"), ("true", "eager")):
+        chosen, said = config(prepared, f"train.mix={mix}", f"train.attention={attention}"), []
+        order = resolve_order(chosen.train, base, material(chosen, base, settings)[1], tmp_path, settings, said.append)
+        assert any("no padding" in line for line in said) is order.config.packing
+        packed[mix, attention] = order.config.packing
+    assert packed == {("true", "auto"): True, ("false", "auto"): False, ("true", "eager"): False}
+
+
 def test_rows_are_held_out_before_the_mix_draws_and_with_all_that_were_made_from_them(settings, base, tmp_path) -> None:
     rows = demo_conversations("train")
     parts = {"domain": rows[:150], "history": rows[300:400]}

@@ -96,9 +96,7 @@ def _attention(shape: ModelShape, length: int, seen: int, adapter: Adapter | Non
         output = values if feeds_trained else 0  # what o_proj multiplies
         return kept + size * (queries + keys + output) + shape.num_heads * seen * (4 + size)
     if attention == "blockwise":  # each block's probabilities as multiplied; keys and values of the heads that there are
-        keys = shape.num_kv_heads * (shape.key_dim + shape.value_dim)
-        if shape.latent is not None:  # values are a view of what keys were made of, too
-            keys = 2 * queries + values - shape.num_heads * shape.latent.rope_dim
+        keys = (shape.num_heads if shape.latent is not None else shape.num_kv_heads) * (shape.key_dim + shape.value_dim)
         output = values if feeds_trained else 0
         return kept + size * (queries + keys + output + shape.num_heads * _met(length))
     is_cached = adapter is not None and adapter.num_cached > 0
