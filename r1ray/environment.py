@@ -15,7 +15,6 @@ from r1ray.errors import InvalidValue
 __all__ = [
     "disable_deepspeed_shm",
     "haproxy_available",
-    "malloc_environment",
     "prepare_environment",
     "ray_environment",
     "serve_environment",
@@ -39,10 +38,6 @@ _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
 }
-# glibc's malloc where it holds what a training step computes on. Ray trains in a thread, whose own arena gives activations back to the
-# kernel in every pass; and large blocks are mapped anew for every step unless the heap is to serve them and to keep what is freed.
-_ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
-_KEPT_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
@@ -70,16 +65,9 @@ def worker_environment(*, threads: int, use_gpu: bool) -> dict[str, str]:
     counted = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")}
     passed_on = {name: os.environ[name] for name in (*_ENVIRONMENT, *_OFFLINE) if name in os.environ and not name.startswith("RAY_")}
     homes = {name: value for name, value in os.environ.items() if name.startswith("R1RAY_")}
-    return {**passed_on, **homes, **counted, **malloc_environment(use_gpu=use_gpu), "DS_ACCELERATOR": "cuda" if use_gpu else "cpu"}
-
-
-def malloc_environment(*, use_gpu: bool) -> dict[str, str]:
-    """What glibc must find when a worker starts, so that its training steps fault in no memory; what the user has set stays.
-
-    A worker with a GPU keeps nothing: in main memory it holds weights on their way there.
-    """
-    wanted = _ONE_ARENA if use_gpu else {**_ONE_ARENA, **_KEPT_HEAP}
-    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+    # Ray trains in a thread, whose own malloc arena gives activations back to the kernel in every pass: a tenth of a full step.
+    arenas = {"MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "1")}
+    return {**passed_on, **homes, **counted, **arenas, "DS_ACCELERATOR": "cuda" if use_gpu else "cpu"}
 
 
 def disable_deepspeed_shm() -> None:

@@ -75,8 +75,11 @@ class Case:
         return 2 if self.split == "pipeline" else 1
 
     @property
-    def attention(self) -> Literal["eager", "sdpa"]:
-        return "sdpa" if self.split == "sequence" else "eager"
+    def attention(self) -> Literal["eager", "sdpa", "blockwise"]:
+        """What training takes by itself."""
+        if self.split == "sequence":
+            return "sdpa"
+        return "blockwise" if self.method in ("lora", "prompt") else "eager"
 
 
 FITTED = (Case("lora", 2, 256), Case("lora", 4, 512), Case("full", 2, 256), Case("full", 4, 512))

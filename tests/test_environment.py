@@ -43,12 +43,9 @@ def test_a_worker_gets_its_threads_device_and_home(bare):
     prepare_environment()
     found = worker_environment(threads=2, use_gpu=False)
     assert found["MALLOC_ARENA_MAX"] == "1", "a training thread's own arena costs a tenth of a step"
-    assert found["MALLOC_MMAP_MAX_"] == "0", "blocks that are mapped for each step are faulted in by each"
     assert (found["OMP_NUM_THREADS"], found["DS_ACCELERATOR"], found["R1RAY_HOME"]) == ("2", "cpu", "/somewhere")
     assert found["TOKENIZERS_PARALLELISM"] == "false"
-    with_gpu = worker_environment(threads=1, use_gpu=True)
-    assert with_gpu["DS_ACCELERATOR"] == "cuda"
-    assert "MALLOC_MMAP_MAX_" not in with_gpu, "a base on its way to a GPU would stay in main memory"
+    assert worker_environment(threads=1, use_gpu=True)["DS_ACCELERATOR"] == "cuda"
     with pytest.raises(InvalidValue, match="threads is 0"):
         worker_environment(threads=0, use_gpu=False)
 

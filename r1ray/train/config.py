@@ -123,7 +123,7 @@ class TrainConfig(Config):
     attention: Literal["auto", "eager", "sdpa", "blockwise"] = Field(
         default="auto",
         description="Attention code; auto: sdpa on GPUs, on CPUs blockwise (r1ray's own, for the Llama, Qwen2 and DeepSeek-V3 "
-        "architectures) and eager for what that does not do.",
+        "architectures) and eager for what that does not do and for all weights on rows of up to 512 tokens.",
     )
     gradient_checkpointing: bool = Field(default=False, description="Compute activations twice to store less: about a quarter slower.")
 

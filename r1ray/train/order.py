@@ -27,6 +27,11 @@ _MUCH_PADDING = 0.05
 """Share of the positions. Less of it costs about what attending row by row does."""
 
 
+_SHORT = 512
+"""Tokens. With rows as short, what eager attention frees is where DeepSpeed's buffers for all weights come from in each step; without it
+the kernel has to map them anew (docs/training.md)."""
+
+
 class Material(Protocol):
     """Tokenised rows on disk and what they hold; small, since it is pickled to the workers."""
 
@@ -105,7 +110,7 @@ def resolve_order(
     layout = layout_of(config, config.max_workers)
     accumulation = accumulation_steps(config.rows_per_batch, layout.data, config.micro_batch_size)
     dtype, reason = (known.dtype, "the run began with it") if known else _dtype(config)
-    attention = attention_of(config, read_json(base.path / "config.json"), base.ref)
+    attention = attention_of(config, read_json(base.path / "config.json"), base.ref, longest=max(material.lengths()))
     padding = plan.padding_share(layout.data, accumulation) if material.is_complete else 0.0
     if config.packing is None:
         config = config.model_copy(update={"packing": _can_pack(config, attention) and padding > _MUCH_PADDING})
@@ -134,12 +139,13 @@ def resolve_order(
     )
 
 
-def attention_of(config: TrainConfig, model: Mapping[str, Any], ref: str) -> str:
+def attention_of(config: TrainConfig, model: Mapping[str, Any], ref: str, *, longest: int) -> str:
     """Which of transformers' attention functions, or ours, a training with `config` uses.
 
     Args:
         model: config.json of what is trained, or of its teacher.
         ref: Its name, for the message.
+        longest: Tokens of the longest row.
 
     Raises:
         InvalidValue: `attention: blockwise` for a model of which no test holds that it gives the same.
@@ -155,7 +161,8 @@ def attention_of(config: TrainConfig, model: Mapping[str, Any], ref: str) -> str
     if config.use_gpu or config.parallelism.sequence > 1:
         return "sdpa"
     is_masked = config.dropout or config.method == "prefix" or (config.packing and config.learns_logits)
-    return "blockwise" if is_known and not is_masked else "eager"
+    is_served = config.method == "full" and longest <= _SHORT
+    return "blockwise" if is_known and not is_masked and not is_served else "eager"
 
 
 def _can_pack(config: TrainConfig, attention: str) -> bool:

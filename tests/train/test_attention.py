@@ -116,6 +116,7 @@ LLAMA, SLIDING, OTHER = {"model_type": "llama"}, {"model_type": "qwen2", "use_sl
         (["dropout=0.1"], LLAMA, "eager"),
         (["method=prefix"], LLAMA, "eager"),
         (["method=prompt"], LLAMA, "blockwise"),
+        (["method=full"], LLAMA, "eager"),
         (["packing=true"], LLAMA, "blockwise"),
         (["packing=true", "objective=distill", "distill.teacher=t"], LLAMA, "eager"),
         (["objective=distill", "distill.teacher=t"], LLAMA, "blockwise"),
@@ -126,12 +127,16 @@ LLAMA, SLIDING, OTHER = {"model_type": "llama"}, {"model_type": "qwen2", "use_sl
     ],
 )
 def test_auto_takes_it_where_tests_hold_that_it_is_right(changes, described, expected) -> None:
-    assert attention_of(config(*changes), described, "base") == expected
+    assert attention_of(config(*changes), described, "base", longest=512) == expected
+
+
+def test_all_weights_attend_in_blocks_where_rows_are_long() -> None:
+    assert attention_of(config("method=full"), LLAMA, "base", longest=513) == "blockwise"
 
 
 def test_a_model_that_it_does_not_know_is_refused() -> None:
     with pytest.raises(InvalidValue, match=r"blockwise is for models of type .* base is of type gemma2"):
-        attention_of(config("attention=blockwise"), OTHER, "base")
+        attention_of(config("attention=blockwise"), OTHER, "base", longest=9)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,8 @@ class Distilled(Supervised):
         trainer = super().trainer(bench)
         assert isinstance(trainer, DistilledTrainer), "made by this class"
         model = load_model(teacher, registry=Registry(settings), dtype=bench.order.dtype, device=str(trainer.args.device))
-        set_attention(model, attention_of(config, read_json(teacher.path / "config.json"), teacher.ref))
+        longest = max(bench.order.material.lengths())
+        set_attention(model, attention_of(config, read_json(teacher.path / "config.json"), teacher.ref, longest=longest))
         trainer.learn_from(model, config.distill)
         return trainer
 
