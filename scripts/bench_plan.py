@@ -7,8 +7,8 @@ and reads the worker's peak resident memory from the kernel. Rows whose names en
 same size between two workers, the larger of which counts: its weights are random, since the bundled model's nine heads cannot be halved.
 
 The prediction knows the model's config, the way of training and the lengths of the dialogues; its constants for this machine are
-`cpu.overhead_gib` and `cpu.activation_slack` in r1ray/model/plan/gpus.yaml, fitted once to the rows marked fitted; the others check
-them.
+`cpu.overhead_gib` and `cpu.activation_slack` in r1ray/model/plan/gpus.yaml, fitted once to the rows marked fitted (and to two of
+LoRA with eager attention); the others check them.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ class Case:
         return "blockwise" if self.method in ("lora", "prompt") else "eager"
 
 
-FITTED = (Case("lora", 2, 256), Case("lora", 4, 512), Case("full", 2, 256), Case("full", 4, 512))
+FITTED = (Case("full", 2, 256), Case("full", 4, 512))
 SOFT = (Case("prompt", 4, 256), Case("prefix", 4, 256))
-HELD_OUT = (Case("full", 4, 512, checkpointing=True), Case("lora", 8, 128), *SOFT)
+HELD_OUT = (Case("lora", 2, 256), Case("lora", 4, 512), Case("lora", 8, 128), Case("full", 4, 512, checkpointing=True), *SOFT)
 SPLIT = tuple(Case(method, 4, 256, split=split) for method in ("full", "lora") for split in ("tensor", "pipeline", "sequence"))
 VIRTUAL = 256  # positions of a soft prompt
 CASES = (*FITTED, *HELD_OUT, *SPLIT)
