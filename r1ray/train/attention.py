@@ -14,6 +14,7 @@ values, n queries of a block.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,7 +67,7 @@ def _attention(
 
 
 def _packed(lengths: list[int]) -> list[Span]:
-    ends = torch.tensor(lengths).cumsum(0).tolist()
+    ends = accumulate(lengths)
     return [(end - length, end) for length, end in zip(lengths, ends, strict=True)]
 
 

@@ -17,19 +17,18 @@ from r1ray.settings import Settings
 from r1ray.train import runs
 from r1ray.train.batches import BatchPlan, accumulation_steps
 from r1ray.train.config import TrainConfig
-from r1ray.train.parallel.layout import SPLITTABLE, layout_of, slides
+from r1ray.train.parallel.layout import layout_of, slides
 from r1ray.types import Artifact
 
 __all__ = ["Material", "WorkOrder", "attention_of", "plan_for", "plan_of", "resolve_order", "worker_bundles"]
 
-
-_MUCH_PADDING = 0.05
-"""Share of the positions. Less of it costs about what attending row by row does."""
-
-
+_BLOCKWISE_TYPES = ("deepseek_v3", "llama", "qwen2")
+"""Of which tests/train/test_attention.py holds that blockwise attention gives what eager does."""
 _SHORT = 512
 """Tokens. With rows as short, what eager attention frees is where DeepSpeed's buffers for all weights come from in each step; without it
 the kernel has to map them anew (docs/training.md)."""
+_MUCH_PADDING = 0.05
+"""Share of the positions. Less of it costs about what attending row by row does."""
 
 
 class Material(Protocol):
@@ -150,10 +149,10 @@ def attention_of(config: TrainConfig, model: Mapping[str, Any], ref: str, *, lon
     Raises:
         InvalidValue: `attention: blockwise` for a model of which no test holds that it gives the same.
     """
-    is_known = model.get("model_type") in SPLITTABLE and not slides(model)
+    is_known = model.get("model_type") in _BLOCKWISE_TYPES and not slides(model)
     if config.attention == "blockwise" and not is_known:
         raise InvalidValue(
-            f"train.attention=blockwise is for models of type {', '.join(SPLITTABLE)} without sliding windows; {ref} is of type "
+            f"train.attention=blockwise is for models of type {', '.join(_BLOCKWISE_TYPES)} without sliding windows; {ref} is of type "
             f"{model.get('model_type')}. Set train.attention=auto."
         )
     if config.attention != "auto":

@@ -108,8 +108,7 @@ def _attention(shape: ModelShape, length: int, seen: int, adapter: Adapter | Non
 
 def _met(length: int) -> float:
     """Keys that a position meets on average, where a block meets all keys before its end."""
-    ends = [min(start + _BLOCK, length) for start in range(0, length, _BLOCK)]
-    return sum(end * (end - start) for start, end in zip(range(0, length, _BLOCK), ends, strict=True)) / length
+    return sum(min(position - position % _BLOCK + _BLOCK, length) for position in range(length)) / length
 
 
 def _unmoved(shape: ModelShape, length: int, seen: int, attention: Attention, size: float) -> float:

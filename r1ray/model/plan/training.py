@@ -71,6 +71,8 @@ class TrainingWish(Config):
             raise ValueError("offload needs a ZeRO optimizer; set zero_stage to 1, 2 or 3")
         if self.zero_stage == 0 and self.dtype != "float32":
             raise ValueError(f"zero_stage 0 with {self.dtype} keeps no float32 master weights; set zero_stage=1 or dtype=float32")
+        if self.method == "prefix" and self.attention == "blockwise":
+            raise ValueError("method prefix goes without attention blockwise, which knows no cached keys; set attention=eager or sdpa")
         if self.method == "prefix" and (self.zero_stage == 3 or self.gradient_checkpointing):
             raise ValueError("method prefix goes without zero_stage 3 and gradient_checkpointing; set zero_stage=2, or method=prompt")
         if self.split > 1 and self.method in ("prompt", "prefix"):
@@ -303,7 +305,7 @@ def _own_wires(pool: Pool, split: int) -> float:
 def _operations(shape: ModelShape, wish: TrainingWish, trainable: int) -> float:
     """Per token: forward, gradients of inputs, gradients of the trained weights, and the second forward pass of checkpointing."""
     length = wish.length + (wish.num_virtual_tokens if wish.method == "prompt" else 0)
-    attended = length if wish.attention == "eager" else length / 2  # it also computes what the causal mask hides
+    attended = length if wish.attention == "eager" else length / 2  # eager computes what the causal mask hides, too
     attended += wish.num_virtual_tokens if wish.method == "prefix" else 0
     forward = shape.forward_operations(attended)
     inputs = forward + shape.attention_operations(attended)
