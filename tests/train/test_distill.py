@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from shutil import copytree
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from peft import get_peft_model
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from r1ray.config import load_config
 from r1ray.errors import InvalidValue, UnsupportedModel
+from r1ray.model.adapters import lora
+from r1ray.model.family import family_of
 from r1ray.model.importer import import_model
+from r1ray.model.load import load_model
 from r1ray.train.blocks import DistillSettings
 from r1ray.train.config import FinetuneConfig
 from r1ray.train.distillation import add_distillation_loss, summed_divergence, supervised_logits
@@ -77,6 +82,16 @@ def pair(directory, **settings):
     add_supervised_loss(student)
     add_distillation_loss(student, DistillSettings(teacher="t", **settings))
     return student, teacher
+
+
+def adapted(directory):
+    """The same model under an adapter that changes what it says."""
+    teacher = get_peft_model(model(directory), lora(family_of({"model_type": "llama"}), rank=4))
+    with torch.no_grad():
+        for name, parameter in teacher.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    return teacher
 
 
 def batch(rows: slice = slice(None)) -> dict[str, torch.Tensor]:
@@ -190,17 +205,32 @@ def test_a_teacher_with_another_vocabulary_can_only_teach_by_texts(config, regis
         objective.prepare(objective.read(made), registry.resolve("tiny"), made, settings)
 
 
+@pytest.mark.parametrize(("kind", "says"), [("adapter", r"sage@1 is a prompt adapter.*mode=texts"), ("reward", "sage@1 is a reward model")])
+def test_what_cannot_teach_is_refused_before_workers_start(kind, says, config, registry, settings) -> None:
+    made, objective, base = config("train.distill.teacher=sage"), objective_of("distill"), registry.resolve("tiny")
+    with registry.staging("sage") as staged:
+        copytree(base.path, staged, dirs_exist_ok=True)
+        (staged / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}')
+        registry.register(staged, base.manifest.model_copy(update={"name": "sage", "kind": kind}))
+    with pytest.raises(UnsupportedModel, match=says):
+        objective.prepare(objective.read(made), base, made, settings)
+
+
 def test_distillation_wants_a_teacher_that_stays_whole() -> None:
     for more, says in ((["train.distill.teacher=null"], "needs a model to learn from"), (["train.zero_stage=3"], "split the teacher")):
         with pytest.raises(InvalidValue, match=says):
             load_config(FinetuneConfig, None, ["data.path=x", "train.objective=distill", "train.distill.teacher=t", *more])
 
 
-def test_the_divergence_of_held_out_rows_is_measured_and_trains_nothing(config, registry, settings, tiny_llama, tmp_path) -> None:
-    _, teacher = pair(tiny_llama)
-    teacher.save_pretrained(tmp_path / "teacher")
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_the_divergence_of_held_out_rows_is_measured_and_trains_nothing(kind, config, registry, settings, tiny_llama, tmp_path) -> None:
+    taught = pair(tiny_llama)[1] if kind == "full" else adapted(tiny_llama)
+    taught.save_pretrained(tmp_path / "teacher")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "teacher")
-    import_model(str(tmp_path / "teacher"), name="sage", registry=registry)
+    under = {} if kind == "full" else {"base": "tiny"}
+    teacher = load_model(
+        import_model(str(tmp_path / "teacher"), name="sage", registry=registry, **under), registry=registry, dtype="float32"
+    )
     shape = ("method=full", "zero_stage=0", "dtype=float32", "attention=eager", "batch_size=2", "micro_batch_size=2", "eval_share=0.5")
     made = config("train.distill.teacher=sage", *(f"train.{item}" for item in shape))
     objective, base = objective_of("distill"), registry.resolve("tiny")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from r1ray.data.read import Loaded
 from r1ray.errors import UnsupportedModel
-from r1ray.model.checkpoint import read_json
+from r1ray.model.soft import soft_kind
 from r1ray.registry import Registry
 from r1ray.settings import Settings
 from r1ray.train.objective.base import Bench
@@ -41,9 +41,14 @@ class Distilled(Supervised):
 
         assert isinstance(rows, Loaded), "the config refuses to stream for this objective"
         teacher = _teacher(config, settings)
+        if teacher.manifest.kind == "reward":
+            raise UnsupportedModel(
+                f"{teacher.ref} is a reward model and writes nothing to learn from. Set train.distill.teacher to another."
+            )
         if config.train.distill.mode == "texts":
             rows = taught_by(teacher, rows, config, settings)
         else:
+            _check_weights(teacher)
             _check_vocabulary(base, teacher)
         return super().prepare(rows, base, config, settings)
 
@@ -62,7 +67,7 @@ class Distilled(Supervised):
         assert isinstance(trainer, DistilledTrainer), "made by this class"
         model = load_model(teacher, registry=Registry(settings), dtype=bench.order.dtype, device=str(trainer.args.device))
         longest = max(bench.order.material.lengths())
-        set_attention(model, attention_of(config, read_json(teacher.path / "config.json"), teacher.ref, longest=longest))
+        set_attention(model, attention_of(config, model.config.to_dict(), teacher.ref, longest=longest))
         trainer.learn_from(model, config.distill)
         return trainer
 
@@ -77,6 +82,15 @@ class Distilled(Supervised):
 def _teacher(config: FinetuneConfig, settings: Settings) -> Artifact:
     assert config.train.distill.teacher is not None, "checked by the config"
     return Registry(settings).resolve(config.train.distill.teacher)
+
+
+def _check_weights(teacher: Artifact) -> None:
+    """Its probabilities are computed from weights alone, with an adapter's update merged into them."""
+    if teacher.manifest.kind == "adapter" and (kind := soft_kind(teacher.path)) is not None:
+        raise UnsupportedModel(
+            f"{teacher.ref} is a {kind} adapter, which is no change of weights, and cannot teach by its probabilities. Set "
+            "train.distill.mode=texts."
+        )
 
 
 def _check_vocabulary(student: Artifact, teacher: Artifact) -> None:
