@@ -43,7 +43,7 @@ def collate(rows: Sequence[PairRow], pad_id: int) -> Pass:
 class PairFeed(Dataset[Pass]):
     """Item `i` is forward pass `i % accumulation` of step `i // accumulation`; `num_pairs` says how many of its pairs count.
 
-    `reference` is filled in before the first item, where the loss wants it.
+    `reference` has an item's rows before it is asked for, where the loss wants them.
     """
 
     rows: Sequence[PairRow]
@@ -81,9 +81,9 @@ class PairFeed(Dataset[Pass]):
     def num_tokens(self, step: int) -> int:
         return sum(self.rows[row].num_tokens for row in self.plan.batch(step))
 
-    def rows_used(self) -> set[int]:
-        """Rows that any step trains on."""
-        return {row for step in range(self.num_steps) for row in self.plan.batch(step)}
+    def rows_used(self, num_steps: int, *, first: int = 0) -> set[int]:
+        """Rows that the steps from `first` on train on, `num_steps` of them or what is left."""
+        return {row for step in range(first, min(first + num_steps, self.num_steps)) for row in self.plan.batch(step)}
 
 
 def feed_of(bench: Bench, rows: Sequence[PairRow], pad_id: int) -> PairFeed:

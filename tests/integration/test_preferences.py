@@ -73,6 +73,16 @@ def test_answers_that_were_preferred_are_preferred_after_training_and_a_resumed_
     assert sum(1 for _ in (directory / FILE).open()) == 8
 
 
+def test_two_workers_ask_the_base_as_the_steps_of_a_timed_run_come(registry, data) -> None:
+    timed = ["train.max_steps=null", "train.max_seconds=3", "train.num_epochs=500", "train.dpo.eval_share=0.2"]
+    other = "train.seed=3"  # other pairs are held out: no other test has kept what the base says of these
+    metrics = finetune(config("timed", data, "train.objective=dpo", other, *timed), registry.settings).manifest.metrics
+    assert (metrics["held_out_before/accuracy"], metrics["held_out_before/margin"]) == (0.5, 0.0)
+    assert metrics["held_out_after/margin"] > 0
+    kept = max((registry.settings.cache / "reference").iterdir(), key=lambda path: path.stat().st_mtime)
+    assert len(list(kept.glob("*.parquet"))) > 1, "the held-out pairs, then those of the first steps, ..."
+
+
 def test_a_reward_model_scores_the_better_answer_higher(registry, data) -> None:
     version = finetune(config("scorer", data, "train.objective=reward", "train.method=full", "train.zero_stage=3"), registry.settings)
     assert version.manifest.kind == "reward"

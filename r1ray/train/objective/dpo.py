@@ -36,5 +36,7 @@ class Preferences(Paired):
         )
         trainer.sft_weight = order.config.dpo.sft_weight
         trainer.judge_on(held_out, order.run_directory)
-        trainer.refer_to(Reference.of(order))
+        config = order.config
+        is_timed = config.max_seconds is not None and config.max_steps is None
+        trainer.refer_to(Reference.of(order), stepwise=is_timed and config.method != "full")  # whose base changes with its first step
         return trainer

@@ -6,13 +6,13 @@ The losses are TRL's. What differs: each pair counts alike however passes and ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import prepare_deepspeed
@@ -29,6 +29,8 @@ __all__ = ["PreferenceTrainer", "dpo_arguments"]
 
 
 _ROWS_AT_ONCE = 512  # are kept together: what a killed run has computed, the next one need not
+_STEPS_AT_ONCE = 8
+_STEPS_AHEAD = 2  # the loader has read the beginning of the next one
 
 
 class PreferenceTrainer(PairTrainer, DPOTrainer):
@@ -53,7 +55,7 @@ class PreferenceTrainer(PairTrainer, DPOTrainer):
         )
         self.pace_by(feed, schedule)
         self.precompute_ref_logps = True
-        self._reference: Mapping[int, Logprobs] = {}
+        self._reference: dict[int, Logprobs] = {}
         plain: Any = self.model
         if hasattr(plain, "peft_config"):
             if "ref" in plain.peft_config:
@@ -61,24 +63,29 @@ class PreferenceTrainer(PairTrainer, DPOTrainer):
             plain = plain.get_base_model()
         add_answer_logprobs(plain)
 
-    def refer_to(self, reference: Reference) -> None:
-        """Have the base's log-probabilities of every row that is used: from `reference`, else computed by all ranks and added to it."""
+    def refer_to(self, reference: Reference, *, stepwise: bool = False) -> None:
+        """Have the base's log-probabilities of every row that is used: from `reference`, else computed by all ranks and added to it.
+
+        `stepwise` leaves the rows of training to the step that comes to them, for a run of which only the clock knows how many steps it
+        has. It needs a base that stays as it is: an adapter's.
+        """
+        self._kept, self._reference = reference, self._agreed(reference)
+        self.feed.reference = self._reference
         num = len(self.feed.rows)
-        wanted = sorted(self.feed.rows_used()) + list(range(num, num + len(self.judged_rows)))
-        known = self._agreed(reference)
-        missing = [row for row in wanted if row not in known]
+        trained = () if stepwise else sorted(self.feed.rows_used(self.feed.num_steps))
+        missing = self._missing([*trained, *range(num, num + len(self.judged_rows))])
         if missing:
             model = prepare_deepspeed(self.model, self.accelerator) if is_deepspeed_zero3_enabled() else self.model  # it gathers the parts
             with self.progress("the base's log-probabilities, pairs", len(missing)) as progress:
                 for start in range(0, len(missing), _ROWS_AT_ONCE):
-                    block = missing[start : start + _ROWS_AT_ONCE]
-                    rows = [self.feed.rows[row] if row < num else self.judged_rows[row - num] for row in block]
-                    computed = self.scored(model, rows, self.compute_ref_log_probs, _after(start, progress))
-                    added = {block[place]: scores for place, scores in computed.items()}
-                    known |= added
-                    if self.accelerator.is_main_process:
-                        reference.add(added)
-        self._reference = self.feed.reference = known
+                    self._compute(model, missing[start : start + _ROWS_AT_ONCE], _after(start, progress))
+        if stepwise:
+            self.add_callback(_Ahead(self))
+
+    def refer_ahead(self, step: int) -> None:
+        """Have those of the rows of step `step` and of what is read before it ends; of several more steps where some are missing."""
+        if self._missing(self.feed.rows_used(_STEPS_AHEAD, first=step)):
+            self._compute(self.model_wrapped, self._missing(self.feed.rows_used(_STEPS_AHEAD + _STEPS_AT_ONCE, first=step)))
 
     def compute_loss(self, model: Any, inputs: Pass, *_: Any, num_items_in_batch: Any = None, **__: Any) -> torch.Tensor:
         num_pairs = int(inputs.pop("num_pairs"))
@@ -119,6 +126,18 @@ class PreferenceTrainer(PairTrainer, DPOTrainer):
         likelier = ahead(mean[:, 0] - mean[:, 1])
         return {"accuracy": float(ahead(margins).mean()), "margin": float(margins.mean()), "likelier": float(likelier.mean())}
 
+    def _missing(self, rows: Iterable[int]) -> list[int]:
+        return sorted(row for row in rows if row not in self._reference)
+
+    def _compute(self, model: Any, missing: Sequence[int], on_pass: Callable[[int], object] = lambda _: None) -> None:
+        num = len(self.feed.rows)
+        rows = [self.feed.rows[row] if row < num else self.judged_rows[row - num] for row in missing]
+        computed = self.scored(model, rows, self.compute_ref_log_probs, on_pass)
+        added = {missing[place]: scores for place, scores in computed.items()}
+        self._reference |= added
+        if self.accelerator.is_main_process:
+            self._kept.add(added)
+
     def _agreed(self, reference: Reference) -> dict[int, Logprobs]:
         """What rank 0 finds on disk: two ranks that looked for themselves could compute different rows."""
         found: list[Any] = [reference.known() if self.accelerator.is_main_process else None]
@@ -131,6 +150,20 @@ class PreferenceTrainer(PairTrainer, DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
+
+
+class _Ahead(TrainerCallback):
+    """After the clock in the list of callbacks: what it computes belongs to the time of the steps."""
+
+    def __init__(self, trainer: PreferenceTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, _: TrainingArguments, state: TrainerState, *__: Any, **___: Any) -> None:
+        self.trainer.refer_ahead(state.global_step)
+
+    def on_step_end(self, _: TrainingArguments, state: TrainerState, control: TrainerControl, **__: Any) -> None:
+        if not control.should_training_stop:
+            self.trainer.refer_ahead(state.global_step)
 
 
 def dpo_arguments(bench: Bench) -> DPOConfig:

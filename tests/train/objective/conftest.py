@@ -20,9 +20,9 @@ ROWS = [
 ]
 
 
-def feed(*, rank=0, num_workers=1, accumulation=1, reference=None) -> PairFeed:
-    plan = BatchPlan([row.length for row in ROWS], batch_size=len(ROWS), num_epochs=1, seed=0, group_window=1)
-    shape = {"num_steps": 1, "rank": rank, "num_workers": num_workers, "accumulation": accumulation}
+def feed(*, rank=0, num_workers=1, accumulation=1, reference=None, batch_size=len(ROWS)) -> PairFeed:
+    plan = BatchPlan([row.length for row in ROWS], batch_size=batch_size, num_epochs=1, seed=0, group_window=1)
+    shape = {"num_steps": plan.num_steps, "rank": rank, "num_workers": num_workers, "accumulation": accumulation}
     return PairFeed(rows=ROWS, plan=plan, pad_id=0, reference=reference or {}, **shape)
 
 

@@ -15,6 +15,7 @@ from r1ray.model.adapters import lora
 from r1ray.model.family import family_of
 from r1ray.train import heldout
 from r1ray.train.logprobs import add_answer_logprobs
+from r1ray.train.objective import dpo_trainer
 from r1ray.train.objective.dpo_trainer import PreferenceTrainer
 from r1ray.train.pair_feed import collate
 from r1ray.train.reference import Reference
@@ -39,18 +40,18 @@ def arguments(out: Path, loss: str = "sigmoid", precompute: bool = True) -> DPOC
     return DPOConfig(output_dir=str(out), precompute_ref_log_probs=precompute, **loss_settings, **plain)
 
 
-def trainer(pairs, directory, out: Path, loss: str = "sigmoid", *, adapter=False, held_out=()) -> PreferenceTrainer:
+def trainer(pairs, directory, out: Path, loss: str = "sigmoid", *, adapter=False, held_out=(), stepwise=False) -> PreferenceTrainer:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     made = PreferenceTrainer(
         model(directory, adapter=adapter),
         arguments(out, loss, precompute=not adapter),
-        feed=pairs.feed(),
+        feed=pairs.feed(batch_size=1) if stepwise else pairs.feed(),
         schedule=Schedule(1, 0.0, 1.0),
         tokenizer=tokenizer,
         callbacks=[],
     )
     made.judge_on(held_out, out)
-    made.refer_to(Reference(out / "reference"))
+    made.refer_to(Reference(out / "reference"), stepwise=stepwise)
     return made
 
 
@@ -131,6 +132,24 @@ def test_the_reference_is_the_base_and_is_computed_once(pairs, tiny_llama, tmp_p
     assert capsys.readouterr().out.count("the base's log-probabilities, pairs: ") == 1, "the second one reads what the first one kept"
     if adapter:
         assert list(made.model.peft_config) == ["default"]
+
+
+def test_a_timed_run_refers_to_the_base_as_its_steps_come(pairs, tiny_llama, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(dpo_trainer, "_STEPS_AT_ONCE", 1)
+    made = trainer(pairs, tiny_llama, tmp_path, adapter=True, held_out=pairs.rows[:1], stepwise=True)
+    made.model_wrapped = made.model
+    kept, held_out, counts = Reference(tmp_path / "reference"), len(pairs.rows), []
+    for step in range(made.feed.num_steps):
+        made.refer_ahead(step)
+        counts.append(len(made.feed.reference))
+        assert {held_out, *made.feed.plan.batch(step)} <= made.feed.reference.keys()
+        assert made.compute_loss(made.model, made.feed[step], num_items_in_batch=1).isfinite()
+        pairs.nudge(made.model)  # the adapter moves, the base does not
+    assert counts == [4, 4, 6, 6, 6], "those of three steps, then of the rest"
+    assert kept.known() == made.feed.reference
+    whole = trainer(pairs, tiny_llama, tmp_path / "whole", adapter=True)
+    for row, expected in whole.feed.reference.items():
+        assert made.feed.reference[row] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_longer_run_adds_only_the_rows_that_are_missing(tmp_path) -> None:
