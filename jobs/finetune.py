@@ -2,7 +2,7 @@
 
     ray job submit --working-dir . -- python jobs/finetune.py --config jobs/configs/finetune_lora.yaml train.num_workers=2
 
-`show=3` prints three dialogues as they would be trained, the part that carries loss between marks, and trains nothing.
+`--show 3` prints three dialogues as they would be trained, the part that carries loss between marks, and trains nothing.
 """
 
 from r1ray import entry

@@ -12,9 +12,10 @@ import argparse
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,6 +24,8 @@ from pydantic_core import ErrorDetails, to_jsonable_python
 from r1ray.errors import InvalidValue, UnknownKey
 
 __all__ = ["Config", "config_hash", "described", "dump_yaml", "keys", "load_config", "parse_arguments"]
+
+_OPTIONS = ("--", "--config", "--help", "--keys")  # all others name a setting
 
 
 class Config(BaseModel):
@@ -77,19 +80,34 @@ def load_config(schema: type[C], path: str | Path | None = None, overrides: Sequ
 
 
 def parse_arguments(schema: type[C], description: str | None, argv: Sequence[str] | None = None) -> C:
-    """The one command line of all jobs: `--config FILE key=value ...`.
+    """The one command line of all jobs: `--config FILE key=value ...`; an override may be written `--key value` too.
 
     Overrides may stand before or after the options. Exits as argparse does on a malformed command line, and after `--keys`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="YAML file with the job's settings; defaults where absent")
     parser.add_argument("--keys", action="store_true", help="list every setting with its default and meaning, and end")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
-    arguments = parser.parse_intermixed_args(argv)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file; --key value is the same")
+    arguments = parser.parse_intermixed_args(list(_as_overrides(sys.argv[1:] if argv is None else argv, parser.error)))
     if arguments.keys:
         print("\n".join(described(schema)))
         raise SystemExit(0)
     return load_config(schema, arguments.config, arguments.overrides)
+
+
+def _as_overrides(argv: Sequence[str], fail: Callable[[str], NoReturn]) -> Iterator[str]:
+    """`--key value` and `--key=value` as `key=value`; all else as it is."""
+    words = iter(argv)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if not option.startswith("--") or option in _OPTIONS:
+            yield word
+            continue
+        if not equals:
+            value = next(words, "--")
+        if value.startswith("--"):
+            fail(f"{option} has no value. Write {option} VALUE or {option[2:]}=VALUE, a switch as {option[2:]}=true.")
+        yield f"{option[2:]}={value}"
 
 
 def dump_yaml(config: BaseModel) -> str:

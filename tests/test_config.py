@@ -175,6 +175,28 @@ def test_overrides_may_stand_on_both_sides_of_the_option(tmp_path):
     assert (config.name, config.train.num_workers, config.train.learning_rate) == ("x", 2, 1e-3)
 
 
+@pytest.mark.parametrize(
+    "written_as",
+    [["--train.num_workers", "2", "--name", "x"], ["--train.num_workers=2", "name=x"], ["name=x", "--train.num_workers", "2"]],
+)
+def test_a_setting_may_be_written_as_an_option(written_as):
+    config = parse_arguments(Job, None, written_as)
+    assert (config.name, config.train.num_workers) == ("x", 2)
+
+
+@pytest.mark.parametrize("written_as", [["--name"], ["--name", "--train.num_workers", "2"]])
+def test_an_option_without_a_value_says_how_to_write_it(written_as, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(Job, None, written_as)
+    assert ended.value.code == 2
+    assert "--name has no value. Write --name VALUE or name=VALUE" in capsys.readouterr().err
+
+
+def test_an_unknown_option_names_the_nearest_setting():
+    with pytest.raises(UnknownKey, match="num_workers"):
+        parse_arguments(Job, None, ["--train.num-workers", "2"])
+
+
 def test_every_key_is_listed_with_both_variants():
     assert {"train", "train.num_workers", "train.method.rank", "train.method.freeze"} <= set(keys(Job))
 

@@ -1,9 +1,9 @@
 """What will be trained, to look at before paying for it: dialogues as the model sees them, the part that carries loss marked.
 
-    finetune config --show 3   ->   <|im_start|>user
-                                    Block my card.<|im_end|>
-                                    <|im_start|>assistant
-                                    ⟦Of course.<|im_end|>⟧
+    jobs/finetune.py --show 3   ->   <|im_start|>user
+                                     Block my card.<|im_end|>
+                                     <|im_start|>assistant
+                                     ⟦Of course.<|im_end|>⟧
 
 A terminal shows the marked part in green. Knows no training.
 """
