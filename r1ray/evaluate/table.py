@@ -13,6 +13,7 @@ from r1ray.types import Report
 __all__ = ["comparison", "show"]
 
 LOWER_IS_BETTER = frozenset({"perplexity"})
+_LOG_WIDTH = 120  # a job's log is no terminal and has none
 LAST_ROWS = ("mean_answer_tokens", "tokens_per_second")
 
 
@@ -20,9 +21,9 @@ def comparison(reports: Sequence[Report]) -> Table:
     """A row per metric, a column per model; from the second on with the difference and, where known, the 95 % interval."""
     first = reports[0]
     table = Table(title=f"{first.num_examples} examples of {first.dataset}", title_justify="left")
-    table.add_column("metric")
+    table.add_column("metric", overflow="fold")
     for report in reports:
-        table.add_column(report.model, justify="right")
+        table.add_column(report.model, justify="right", overflow="fold")
     names = [n for n in METRICS if any(n in r.metrics for r in reports)] + [n for n in LAST_ROWS if n in first.metrics]
     for name in names:
         table.add_row(name, _cell(first, name), *(_cell(r, name, against=first) for r in reports[1:]))
@@ -30,10 +31,20 @@ def comparison(reports: Sequence[Report]) -> Table:
 
 
 def show(reports: Sequence[Report]) -> None:
-    """A job's log is no terminal and has no width: 120 columns, no wrapping of figures."""
+    """As many models side by side as fit without wrapping a figure, the others below, each time beside the first."""
     console = Console()
-    console = console if console.is_terminal else Console(width=120)
-    console.print(comparison(reports))
+    console = console if console.is_terminal else Console(width=_LOG_WIDTH)
+    first, others = reports[0], reports[1:]
+    while True:
+        num = next((n for n in range(len(others), 1, -1) if _fits(comparison([first, *others[:n]]), console)), 1)
+        console.print(comparison([first, *others[:num]]))
+        others = others[num:]
+        if not others:
+            return
+
+
+def _fits(table: Table, console: Console) -> bool:
+    return console.measure(table, options=console.options.update(width=10 * console.width)).maximum <= console.width
 
 
 def _cell(report: Report, name: str, against: Report | None = None) -> str:
