@@ -188,6 +188,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     parts = arguments.rows.split(",")
+    if not {"lora", "full", "scaling"}.issuperset(parts) or ("scaling" in parts and "lora" not in parts):
+        parser.error(f"--rows {arguments.rows}: lora, full or both, separated by commas; scaling stands beside lora, as in lora,scaling")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="r1ray-train-") as folder:
         settings, place = Settings(home=Path(folder)), Path(folder)
