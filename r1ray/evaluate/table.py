@@ -13,8 +13,8 @@ from r1ray.types import Report
 __all__ = ["comparison", "show"]
 
 LOWER_IS_BETTER = frozenset({"perplexity"})
-_LOG_WIDTH = 120  # a job's log is no terminal and has none
 LAST_ROWS = ("mean_answer_tokens", "tokens_per_second")
+_LOG_WIDTH = 120  # a job's log is no terminal and has none
 
 
 def comparison(reports: Sequence[Report]) -> Table:
@@ -44,6 +44,7 @@ def show(reports: Sequence[Report]) -> None:
 
 
 def _fits(table: Table, console: Console) -> bool:
+    """As wide as it would like to be, which rich tells only where there is room for it."""
     return console.measure(table, options=console.options.update(width=10 * console.width)).maximum <= console.width
 
 

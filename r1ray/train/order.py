@@ -160,8 +160,8 @@ def attention_of(config: TrainConfig, model: Mapping[str, Any], ref: str, *, lon
     if config.use_gpu or config.parallelism.sequence > 1:
         return "sdpa"
     is_masked = config.dropout or config.method == "prefix" or (config.packing and config.learns_logits)
-    is_served = config.method == "full" and longest <= _SHORT
-    return "blockwise" if is_known and not is_masked and not is_served else "eager"
+    gains_nothing = config.method == "full" and longest <= _SHORT
+    return "blockwise" if is_known and not is_masked and not gains_nothing else "eager"
 
 
 def _can_pack(config: TrainConfig, attention: str) -> bool:

@@ -41,14 +41,10 @@ class Distilled(Supervised):
 
         assert isinstance(rows, Loaded), "the config refuses to stream for this objective"
         teacher = _teacher(config, settings)
-        if teacher.manifest.kind == "reward":
-            raise UnsupportedModel(
-                f"{teacher.ref} is a reward model and writes nothing to learn from. Set train.distill.teacher to another."
-            )
+        _check_kind(teacher, config.train.distill.mode)
         if config.train.distill.mode == "texts":
             rows = taught_by(teacher, rows, config, settings)
         else:
-            _check_weights(teacher)
             _check_vocabulary(base, teacher)
         return super().prepare(rows, base, config, settings)
 
@@ -84,9 +80,11 @@ def _teacher(config: FinetuneConfig, settings: Settings) -> Artifact:
     return Registry(settings).resolve(config.train.distill.teacher)
 
 
-def _check_weights(teacher: Artifact) -> None:
-    """Its probabilities are computed from weights alone, with an adapter's update merged into them."""
-    if teacher.manifest.kind == "adapter" and (kind := soft_kind(teacher.path)) is not None:
+def _check_kind(teacher: Artifact, mode: str) -> None:
+    """A teacher writes texts; its probabilities are computed from weights alone, with an adapter's update merged into them."""
+    if teacher.manifest.kind == "reward":
+        raise UnsupportedModel(f"{teacher.ref} is a reward model and writes nothing to learn from. Set train.distill.teacher to another.")
+    if mode == "logits" and teacher.manifest.kind == "adapter" and (kind := soft_kind(teacher.path)) is not None:
         raise UnsupportedModel(
             f"{teacher.ref} is a {kind} adapter, which is no change of weights, and cannot teach by its probabilities. Set "
             "train.distill.mode=texts."

@@ -69,7 +69,7 @@ class PreferenceTrainer(PairTrainer, DPOTrainer):
         `stepwise` leaves the rows of training to the step that comes to them, for a run of which only the clock knows how many steps it
         has. It needs a base that stays as it is: an adapter's.
         """
-        self._kept, self._reference = reference, self._agreed(reference)
+        self._cache, self._reference = reference, self._agreed(reference)
         self.feed.reference = self._reference
         num = len(self.feed.rows)
         trained = () if stepwise else sorted(self.feed.rows_used(self.feed.num_steps))
@@ -136,7 +136,7 @@ class PreferenceTrainer(PairTrainer, DPOTrainer):
         added = {missing[place]: scores for place, scores in computed.items()}
         self._reference |= added
         if self.accelerator.is_main_process:
-            self._kept.add(added)
+            self._cache.add(added)
 
     def _agreed(self, reference: Reference) -> dict[int, Logprobs]:
         """What rank 0 finds on disk: two ranks that looked for themselves could compute different rows."""
