@@ -4,8 +4,8 @@
 
 SmolLM2-135M in bfloat16 on the bank demo's dialogues, 2 workers of one compute thread each, the same batches and the same loss for all.
 `ours` is what jobs/finetune.py runs: Ray Train, TRL's trainer, DeepSpeed ZeRO-2, float32 masters, progress and reports. `ddp` has no
-masters and does less; it is plain: PEFT's LoRA layers, transformers' attention, padded rows. `ddp-fused` has all that as we have it.
-`deepspeed` is our configuration and our layers in a bare loop, so ours / deepspeed is the share of Ray and TRL.
+masters and does less; it is plain: PEFT's LoRA layers, transformers' attention, padded rows, glibc's malloc. `ddp-fused` has all that as
+we have it. `deepspeed` is our configuration, layers and malloc in a bare loop, so ours / deepspeed is the share of Ray and TRL.
 `scaling` is one worker against two, one thread each, for us and for `ddp-fused`: what that gains is what the machine lets two workers
 gain. All train by turns, round after round, on the same batches: a figure is the median step without the first two of each round, a ratio
 the median of the ratios step by step, memory the largest worker's peak.
@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from r1ray.environment import prepare_environment
+from r1ray.environment import malloc_environment, prepare_environment
 
 prepare_environment()
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
@@ -133,6 +133,8 @@ def peer(order: Any, framework: str, folder: Path) -> Row:
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
     }
+    if framework != "ddp":
+        shared |= malloc_environment(use_gpu=False)
     command = [sys.executable, str(ROOT / "scripts/peers/train_loop.py"), framework, str(folder / "order"), str(folder / "figures")]
     ranks = [
         subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.DEVNULL)

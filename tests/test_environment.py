@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from r1ray.environment import prepare_environment, ray_environment, serve_environment, worker_environment
+from r1ray.environment import malloc_environment, prepare_environment, ray_environment, serve_environment, worker_environment
 from r1ray.errors import InvalidValue
 
 
 @pytest.fixture
 def bare(monkeypatch):
     for name in list(os.environ):
-        if name.startswith(("RAY_", "HF_", "R1RAY_", "TRANSFORMERS_", "MLFLOW_", "TOKENIZERS_", "DO_NOT_")):
+        if name.startswith(("MALLOC_", "LD_PRELOAD", "RAY_", "HF_", "R1RAY_", "TRANSFORMERS_", "MLFLOW_", "TOKENIZERS_", "DO_NOT_")):
             monkeypatch.delenv(name)
     saved = dict(os.environ)
     yield monkeypatch
@@ -48,6 +51,19 @@ def test_a_worker_gets_its_threads_device_and_home(bare):
     assert worker_environment(threads=1, use_gpu=True)["DS_ACCELERATOR"] == "cuda"
     with pytest.raises(InvalidValue, match="threads is 0"):
         worker_environment(threads=0, use_gpu=False)
+
+
+def test_a_cpu_worker_computes_on_rays_jemalloc_unless_the_user_preloads_another(bare):
+    library = worker_environment(threads=1, use_gpu=False)["LD_PRELOAD"]
+    asks = "import ctypes; ctypes.CDLL(None).mallctl"  # an AttributeError where jemalloc is not there
+    told = subprocess.run(
+        [sys.executable, "-c", asks], env=os.environ | malloc_environment(use_gpu=False), capture_output=True, text=True, check=True
+    )
+    assert Path(library).is_file()
+    assert "jemalloc" not in told.stderr, "jemalloc names an option that it does not know"
+    assert "LD_PRELOAD" not in malloc_environment(use_gpu=True)
+    bare.setenv("LD_PRELOAD", "libmine.so")
+    assert malloc_environment(use_gpu=False) == {"MALLOC_ARENA_MAX": "1"}
 
 
 def test_haproxy_is_opt_in_and_can_be_declined():

@@ -16,14 +16,22 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["BatchPlan", "accumulation_steps"]
+__all__ = ["BatchPlan", "accumulation_steps", "even_length"]
 
 _MEASURED_STEPS = 2000
+_EVEN = 8
+"""Positions. Matrix products of other sizes take up to a quarter longer on CPUs (docs/training.md), on GPUs tensor cores want it."""
 
 
 def accumulation_steps(batch_size: int, num_workers: int, micro_batch_size: int) -> int:
     """Forward passes per worker and optimizer step, so that no pass holds more than `micro_batch_size` rows."""
     return math.ceil(math.ceil(batch_size / num_workers) / micro_batch_size)
+
+
+def even_length(longest: int, num_rows: int) -> int:
+    """Positions that each of `num_rows` rows is padded to, the fewest that make a multiple of eight of all of them."""
+    unit = _EVEN // math.gcd(_EVEN, num_rows)
+    return math.ceil(longest / unit) * unit
 
 
 @dataclass(slots=True)
@@ -69,7 +77,8 @@ class BatchPlan:
         for step in range(min(self.steps_per_epoch, _MEASURED_STEPS)):
             for rank in range(num_workers):
                 for rows in self.micro_batches(step, rank=rank, num_workers=num_workers, accumulation=accumulation):
-                    computed += max((self.lengths[row] for row in rows), default=0) * len(rows)
+                    if rows:
+                        computed += even_length(max(self.lengths[row] for row in rows), len(rows)) * len(rows)
                     real += sum(self.lengths[row] for row in rows)
         return 1 - real / computed
 

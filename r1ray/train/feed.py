@@ -1,4 +1,4 @@
-"""Token rows -> the tensors of this rank's forward passes, in the plan's order; padded, or packed end to end.
+"""Token rows -> the tensors of this rank's forward passes, in the plan's order; padded, or packed end to end, to a multiple of eight.
 
 The rows may lie in mapped files: each is asked for once per pass, and none is kept.
 Right padding needs no attention mask: with causal attention no real position looks to its right, and padding carries no loss.
@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from r1ray.train.attention import BLOCKWISE, row_lengths
-from r1ray.train.batches import BatchPlan
+from r1ray.train.batches import BatchPlan, even_length
 
 __all__ = ["Feed"]
 
@@ -47,10 +48,8 @@ class Feed(Dataset[dict[str, torch.Tensor]]):
         shared = self.plan.micro_batches(step, rank=self.rank, num_workers=self.num_workers, accumulation=self.accumulation)
         rows = shared[number]
         if not rows:  # every rank must take equally many passes: this one computes a row that carries no loss
-            row = self.plan.batch(step)[0]
-            return {key: value for key, value in self._padded([row]).items() if key != "labels"} | {
-                "labels": torch.full((1, self.plan.lengths[row]), -100)
-            }
+            item = self._padded([self.plan.batch(step)[0]])
+            return {**item, "labels": torch.full_like(item["labels"], -100)}
         return self._packed(rows) if self.packing else self._padded(rows)
 
     def loader(self) -> DataLoader[dict[str, torch.Tensor]]:
@@ -65,9 +64,9 @@ class Feed(Dataset[dict[str, torch.Tensor]]):
         return sum(self.plan.lengths[row] for row in self.plan.batch(step))
 
     def _padded(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        longest = max(self.plan.lengths[row] for row in rows)
-        ids_BT = torch.full((len(rows), longest), self.pad_id)
-        labels_BT = torch.full((len(rows), longest), -100)
+        length = even_length(max(self.plan.lengths[row] for row in rows), len(rows))
+        ids_BT = torch.full((len(rows), length), self.pad_id)
+        labels_BT = torch.full((len(rows), length), -100)
         for place, row in enumerate(rows):
             ids, labels = self._row(row)
             ids_BT[place, : len(ids)] = ids
@@ -76,6 +75,10 @@ class Feed(Dataset[dict[str, torch.Tensor]]):
 
     def _packed(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         pairs = [self._row(row) for row in rows]
+        length = sum(len(ids) for ids, _ in pairs)
+        ids, labels = pairs[-1]
+        missing = even_length(length, 1) - length  # to the last row's right, which nothing of it sees
+        pairs[-1] = functional.pad(ids, (0, missing), value=self.pad_id), functional.pad(labels, (0, missing), value=-100)
         positions = [torch.arange(len(ids)) for ids, _ in pairs]
         ids_1T, labels_1T = (torch.cat(parts)[None] for parts in zip(*pairs, strict=True))
         packed = {"input_ids": ids_1T, "labels": labels_1T, "position_ids": torch.cat(positions)[None]}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from r1ray.train.batches import BatchPlan
+from r1ray.train.batches import BatchPlan, even_length
 from r1ray.train.order import plan_of
 from r1ray.train.pairs import PairRow, PairSet
 from r1ray.train.reference import Logprobs
@@ -28,8 +28,8 @@ Pass = dict[str, torch.Tensor]
 def collate(rows: Sequence[PairRow], pad_id: int) -> Pass:
     """As TRL's collators for preferences: `input_ids`, `attention_mask` and `completion_mask`, each [2n, T], padded on the right."""
     sides = [(row.prompt, row.chosen) for row in rows] + [(row.prompt, row.rejected) for row in rows]
-    longest = max(len(prompt) + len(answer) for prompt, answer in sides)
-    ids = torch.full((len(sides), longest), pad_id)
+    length = even_length(max(len(prompt) + len(answer) for prompt, answer in sides), len(sides))
+    ids = torch.full((len(sides), length), pad_id)
     real, answered = torch.zeros_like(ids), torch.zeros_like(ids)
     for place, (prompt, answer) in enumerate(sides):
         end = len(prompt) + len(answer)
