@@ -62,26 +62,26 @@ def prepare_environment() -> None:
     os.environ.update(ray_environment())
 
 
-def worker_environment(*, threads: int, use_gpu: bool) -> dict[str, str]:
+def worker_environment(*, threads: int, use_gpu: bool, keeps_freed: bool = False) -> dict[str, str]:
     """`env_vars` of a worker's runtime_env: `threads` for every library that counts cores for itself, and DeepSpeed's device."""
     if threads < 1:
         raise InvalidValue(f"threads is {threads}; a worker needs at least 1.")
     counted = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")}
     passed_on = {name: os.environ[name] for name in (*_ENVIRONMENT, *_OFFLINE) if name in os.environ and not name.startswith("RAY_")}
     homes = {name: value for name, value in os.environ.items() if name.startswith("R1RAY_")}
-    return {**passed_on, **homes, **counted, **malloc_environment(use_gpu=use_gpu), "DS_ACCELERATOR": "cuda" if use_gpu else "cpu"}
+    return {**passed_on, **homes, **counted, **malloc_environment(keeps_freed=keeps_freed), "DS_ACCELERATOR": "cuda" if use_gpu else "cpu"}
 
 
-def malloc_environment(*, use_gpu: bool) -> dict[str, str]:
+def malloc_environment(*, keeps_freed: bool) -> dict[str, str]:
     """Where a worker's memory comes from; it must find this when its process starts. What the user has set stays.
 
-    On CPUs it is the jemalloc that Ray brings along, which keeps what a step frees for the next one: less of both time and memory than
-    glibc's malloc takes (docs/training.md). Where that is not there, glibc's single arena: Ray trains in a thread, whose own arena gives
-    activations back to the kernel in every pass.
+    glibc's single arena: Ray trains in a thread, whose own arena gives activations back to the kernel in every pass. With `keeps_freed`
+    the jemalloc that Ray brings along, if it is there, keeps them for the next step: an adapter's training on a CPU takes less of both
+    time and memory (docs/training.md). All weights' large buffers find no room in what it keeps, and took a GB more.
     """
     wanted = {"MALLOC_ARENA_MAX": "1"}
     library = _jemalloc()
-    if library is not None and not use_gpu and "LD_PRELOAD" not in os.environ:
+    if keeps_freed and library is not None and "LD_PRELOAD" not in os.environ:
         wanted |= {"LD_PRELOAD": str(library), "MALLOC_CONF": _JEMALLOC}
     return {name: os.environ.get(name, value) for name, value in wanted.items()}
 

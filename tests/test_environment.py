@@ -53,17 +53,17 @@ def test_a_worker_gets_its_threads_device_and_home(bare):
         worker_environment(threads=0, use_gpu=False)
 
 
-def test_a_cpu_worker_computes_on_rays_jemalloc_unless_the_user_preloads_another(bare):
-    library = worker_environment(threads=1, use_gpu=False)["LD_PRELOAD"]
+def test_what_keeps_freed_memory_is_rays_jemalloc_unless_the_user_preloads_another(bare):
+    library = worker_environment(threads=1, use_gpu=False, keeps_freed=True)["LD_PRELOAD"]
     asks = "import ctypes; ctypes.CDLL(None).mallctl"  # an AttributeError where jemalloc is not there
     told = subprocess.run(
-        [sys.executable, "-c", asks], env=os.environ | malloc_environment(use_gpu=False), capture_output=True, text=True, check=True
+        [sys.executable, "-c", asks], env=os.environ | malloc_environment(keeps_freed=True), capture_output=True, text=True, check=True
     )
     assert Path(library).is_file()
     assert "jemalloc" not in told.stderr, "jemalloc names an option that it does not know"
-    assert "LD_PRELOAD" not in malloc_environment(use_gpu=True)
+    assert "LD_PRELOAD" not in malloc_environment(keeps_freed=False)
     bare.setenv("LD_PRELOAD", "libmine.so")
-    assert malloc_environment(use_gpu=False) == {"MALLOC_ARENA_MAX": "1"}
+    assert malloc_environment(keeps_freed=True) == {"MALLOC_ARENA_MAX": "1"}
 
 
 def test_haproxy_is_opt_in_and_can_be_declined():

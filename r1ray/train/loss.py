@@ -99,14 +99,14 @@ def summed_nll(logits_NV: torch.Tensor, labels_N: torch.Tensor, smoothing: float
     return summed
 
 
-def _head_nll(head: nn.Module, hidden_ND: torch.Tensor, labels_N: torch.Tensor, smoothing: float) -> torch.Tensor:
+def _head_nll(head: Any, hidden_ND: torch.Tensor, labels_N: torch.Tensor, smoothing: float) -> torch.Tensor:
     if not _is_frozen(head):
         return summed_nll(head(hidden_ND), labels_N, smoothing)
     summed: torch.Tensor = _FrozenHeadNll.apply(hidden_ND, head.weight, labels_N, smoothing)  # type: ignore[no-untyped-call]
     return summed
 
 
-def _is_frozen(head: nn.Module) -> bool:
+def _is_frozen(head: Any) -> bool:
     """Whether it is its weight and nothing else, all of it is here and none of it learns.
 
     ZeRO-3 hands a module its weight when it is called. A gradient in float16 needs the loss' scale before it is multiplied.

@@ -6,7 +6,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1ray.train.batches import BatchPlan, accumulation_steps
+from r1ray.train.batches import BatchPlan, accumulation_steps, even_length
 
 LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=120)
 
@@ -70,3 +70,11 @@ def test_grouping_by_length_saves_padding_and_workers_get_equal_shares() -> None
         for k in (0, 1)
     ]
     assert abs(loads[0] - loads[1]) < 0.01 * sum(loads)
+
+
+@given(st.integers(1, 5000), st.integers(1, 64))
+def test_rows_are_padded_to_the_fewest_positions_that_make_a_multiple_of_eight(longest, num_rows) -> None:
+    length = even_length(longest, num_rows)
+    assert length >= longest
+    assert length * num_rows % 8 == 0
+    assert all(shorter * num_rows % 8 for shorter in range(longest, length))

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from r1ray.train.batches import BatchPlan
 from r1ray.train.feed import Feed
-from r1ray.train.loss import add_supervised_loss, has_plain_head, summed_nll
+from r1ray.train.loss import _is_frozen, add_supervised_loss, has_plain_head, summed_nll
 
 ROWS = [[5, 9, 11, 40, 41, 42], [7, 8, 30, 31], [3, 4, 5, 6, 7, 8, 50, 51], [90, 91, 92]]
 MASKS = [[0, 0, 0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1, 1, 0, 1, 1], [0, 1, 1]]
@@ -87,3 +87,41 @@ def test_a_smoothed_loss_and_its_gradient_are_torchs_own() -> None:
     (gradient,) = torch.autograd.grad(found, logits)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+
+
+def frozen(directory):
+    """An adapter's situation: the body learns, the output matrix does not."""
+    net = model(directory)
+    head = net.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)  # also where it is tied to the embedding
+    return net
+
+
+@pytest.mark.parametrize("fixture", ["tiny_llama", "tiny_deepseek_v3"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_frozen_head_gives_the_same_loss_and_gradients_piece_by_piece(fixture, smoothing, request, monkeypatch) -> None:
+    monkeypatch.setattr("r1ray.train.loss._ROWS_OF_MATRIX", 3)  # two full pieces and a rest
+    whole, pieces = frozen(request.getfixturevalue(fixture)), frozen(request.getfixturevalue(fixture))
+    for net in (whole, pieces):
+        add_supervised_loss(net, smoothing)
+    whole.get_output_embeddings().register_parameter("bias", torch.nn.Parameter(torch.zeros(whole.config.vocab_size), requires_grad=False))
+    losses = [summed(net, feed()[0]) for net in (whole, pieces)]
+    for loss in losses:
+        (0.25 * loss).backward()
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
+    found = dict(pieces.named_parameters())
+    learnt = {name: parameter.grad for name, parameter in whole.named_parameters() if parameter.grad is not None}
+    assert len(learnt) > 10
+    for name, gradient in learnt.items():
+        torch.testing.assert_close(found[name].grad, gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_frozen_head_measures_without_a_gradient_and_leaves_float16_to_the_module(tiny_llama) -> None:
+    net = frozen(tiny_llama)
+    add_supervised_loss(net)
+    expected = summed(net, feed()[0]).item()
+    with torch.no_grad():
+        assert summed(net, feed()[0]).item() == pytest.approx(expected, rel=1e-6)
+    assert _is_frozen(net.get_output_embeddings())
+    assert not _is_frozen(net.half().get_output_embeddings())
+    assert not _is_frozen(model(tiny_llama).get_output_embeddings())

@@ -18,6 +18,8 @@ __all__ = ["Activations", "Attention", "Batch", "activations_of"]
 Attention = Literal["eager", "sdpa", "blockwise"]
 _BLOCK = 128
 """Queries that blockwise attention (r1ray/train/attention.py) computes at once."""
+_ROWS_OF_MATRIX = 256
+"""Positions whose logits the loss under a frozen output layer (r1ray/train/loss.py) has at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,8 @@ class Batch:
     size: int
     length: int
     num_supervised: int
+    whole_logits: bool = True
+    """Whether the loss has the logits of all of them at once: not under a frozen output layer (r1ray/train/loss.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +71,10 @@ def activations_of(
     working = _temporary(shape, seen, attention, size)
     if checkpointing:
         layers, working = shape.num_layers * shape.hidden * size, working + widest
-    logits = 2 * size * shape.vocab * batch.num_supervised  # and their gradient
+    if batch.whole_logits:
+        logits = 2 * size * shape.vocab * batch.num_supervised  # and their gradient
+    else:
+        logits = size * (shape.vocab * min(batch.num_supervised, _ROWS_OF_MATRIX) + shape.hidden * batch.num_supervised)
     final_norm = _norm(shape.hidden, adapter, size, feeds_trained=adapter is None)
     num_tokens = batch.size * length
     return Activations(kept=(layers + final_norm) * num_tokens, working=working * num_tokens, logits=logits)

@@ -96,7 +96,9 @@ class TrainingWish(Config):
         """One GPU's part of a pass."""
         positions = self.micro_batch_size * self.length
         supervised = max(1, round(self.supervised_share * positions / self.sequence))
-        return Batch(size=self.micro_batch_size, length=-(-self.length // self.sequence), num_supervised=supervised)
+        is_whole = self.method == "full" or self.zero_stage == 3 or self.dtype == "float16" or self.tensor * self.pipeline > 1
+        length = -(-self.length // self.sequence)
+        return Batch(size=self.micro_batch_size, length=length, num_supervised=supervised, whole_logits=is_whole)
 
     @property
     def bytes_per_value(self) -> int:
