@@ -111,9 +111,8 @@ def _is_frozen(head: Any) -> bool:
 
     ZeRO-3 hands a module its weight when it is called. A gradient in float16 needs the loss' scale before it is multiplied.
     """
-    if type(head) is not nn.Linear or head.bias is not None or hasattr(head.weight, "ds_id"):
-        return False
-    return not head.weight.requires_grad and head.weight.dtype != torch.float16
+    is_plain = type(head) is nn.Linear and getattr(head, "bias", None) is None and not hasattr(head.weight, "ds_id")
+    return is_plain and not head.weight.requires_grad and head.weight.dtype != torch.float16
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:
