@@ -98,13 +98,15 @@ def _memory(plan: TrainingPlan) -> Table:
     batch = f"{wish.micro_batch_size} x {wish.length} tokens"
     checkpointed = "checkpointed" if wish.gradient_checkpointing else "all kept"
     split = "" if plan.pool.num == 1 else f", split over {plan.pool.num}"
+    at_once = "and their gradient" if wish.batch.whole_logits else "a few hundred at a time"
+    head = f"logits of {wish.supervised_share:.0%} of the positions, {at_once}"
     rows = [
         ("weights", memory.weights, f"{plan.total / 1e9:.2f} B in {wish.dtype}" + (split if wish.zero_stage == 3 else "")),
         ("gradients", memory.gradients, f"of {_millions(plan.trainable)} trained" + (split if wish.zero_stage >= 2 else "")),
         ("optimizer", memory.optimizer, f"float32 master and AdamW, {wish.offload} offloaded" + (split if wish.zero_stage else "")),
         ("buckets", memory.buckets, "DeepSpeed's communication buffers"),
         ("activations", memory.activations.kept, f"{batch}, {wish.attention} attention, {checkpointed}"),
-        ("output layer", memory.activations.logits, f"logits of {wish.supervised_share:.0%} of the positions, and their gradient"),
+        ("output layer", memory.activations.logits, head),
         ("one layer's work", memory.activations.working, "in the backward pass"),
         ("optimizer step", memory.step, "float32 gradients, after the activations"),
         ("overhead", memory.overhead, "context, libraries, communication"),
