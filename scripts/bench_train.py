@@ -134,7 +134,7 @@ def peer(order: Any, framework: str, folder: Path) -> Row:
         "DS_ACCELERATOR": "cpu",
     }
     if framework != "ddp":
-        shared |= malloc_environment(keeps_freed=order.config.method != "full")
+        shared |= malloc_environment(keeps_freed=order.config.keeps_freed)
     command = [sys.executable, str(ROOT / "scripts/peers/train_loop.py"), framework, str(folder / "order"), str(folder / "figures")]
     ranks = [
         subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.DEVNULL)

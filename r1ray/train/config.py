@@ -285,6 +285,11 @@ class TrainConfig(Config):
         return self.objective == "distill" and self.distill.mode == "logits"
 
     @property
+    def keeps_freed(self) -> bool:
+        """Whether a worker's malloc keeps what a step frees for the next one (`environment.malloc_environment`)."""
+        return not self.use_gpu and self.method != "full"
+
+    @property
     def rows_per_batch(self) -> int:
         """Rows that the passes of one optimizer step compute, over all workers."""
         return self.batch_size * (self.grpo.num_generations if self.objective == "grpo" else 1)

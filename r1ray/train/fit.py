@@ -106,8 +106,7 @@ def _trainer(order: WorkOrder, token: str, callbacks: Sequence[Any], outlived: b
 def _environment(order: WorkOrder) -> dict[str, str]:
     """Of every worker alike; how many threads share a node's cores is known on that node, when its workers join their group."""
     config = order.config
-    keeps_freed = not config.use_gpu and config.method != "full"
-    found = worker_environment(threads=config.threads_per_worker or 1, use_gpu=config.use_gpu, keeps_freed=keeps_freed)
+    found = worker_environment(threads=config.threads_per_worker or 1, use_gpu=config.use_gpu, keeps_freed=config.keeps_freed)
     return {**found, "PYTHONWARNINGS": "ignore"}
 
 
