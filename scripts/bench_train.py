@@ -6,9 +6,10 @@ SmolLM2-135M in bfloat16 on the bank demo's dialogues, 2 workers of one compute 
 `ours` is what jobs/finetune.py runs: Ray Train, TRL's trainer, DeepSpeed ZeRO-2, float32 masters, progress and reports. `ddp` has no
 masters and does less; it is plain: PEFT's LoRA layers, transformers' attention, padded rows, glibc's malloc. `ddp-fused` has all that as
 we have it. `deepspeed` is our configuration, layers and malloc in a bare loop, so ours / deepspeed is the share of Ray and TRL.
-`scaling` is one worker against two, one thread each, for us and for `ddp-fused`: what that gains is what the machine lets two workers
-gain. All train by turns, round after round, on the same batches: a figure is the median step without the first two of each round, a ratio
-the median of the ratios step by step, memory the largest worker's peak.
+`scaling` is one worker against two, one thread each, for us and for `ddp-fused`, and against `apart`: two whole trainings of `ddp-fused`
+beside each other that exchange nothing, which gain what the machine's two cores give at that time. All train by turns, round after
+round, on the same batches: a figure is the median step without the first two of each round, a ratio the median of the ratios step by
+step, memory the largest worker's peak.
 """
 
 from __future__ import annotations
@@ -120,7 +121,23 @@ def ours(order: Any) -> Row:
 
 
 def peer(order: Any, framework: str, folder: Path) -> Row:
-    """Both ranks on this machine, as torchrun would start them."""
+    """All ranks on this machine, as torchrun would start them."""
+    figures = _ended(*_started(order, framework, folder))
+    return row(order, framework, figures["seconds"], figures["tokens"], figures["peak"])
+
+
+def apart(order: Any, framework: str, folder: Path) -> Row:
+    """Two trainings of one worker at once. Both make the same steps, so a step of the pair is counted as the time per batch of the two."""
+    places = folder / "left", folder / "right"
+    for place in places:
+        place.mkdir(exist_ok=True)
+    trainings = [_started(order, framework, place) for place in places]
+    left, right = (_ended(*training) for training in trainings)
+    seconds = [1 / (1 / one + 1 / other) for one, other in zip(left["seconds"], right["seconds"], strict=True)]
+    return replace(row(order, "apart", seconds, left["tokens"], max(left["peak"], right["peak"])), workers=2)
+
+
+def _started(order: Any, framework: str, folder: Path) -> tuple[list[subprocess.Popen[bytes]], Path]:
     (folder / "order").write_bytes(pickle.dumps(order))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -140,10 +157,14 @@ def peer(order: Any, framework: str, folder: Path) -> Row:
         subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.DEVNULL)
         for rank in range(world)
     ]
-    if any(rank.wait() for rank in ranks):
-        raise SystemExit(f"{framework} failed; its own words are above")
-    figures = json.loads((folder / "figures").read_text())
-    return row(order, framework, figures["seconds"], figures["tokens"], figures["peak"])
+    return ranks, folder / "figures"
+
+
+def _ended(ranks: list[subprocess.Popen[bytes]], figures: Path) -> dict[str, Any]:
+    codes = [rank.wait() for rank in ranks]
+    if any(codes):
+        raise SystemExit(f"a peer failed ({figures.parent}); its own words are above")
+    return json.loads(figures.read_text())
 
 
 def row(order: Any, what: str, seconds: list[float], tokens: list[int], peak: int) -> Row:
@@ -157,6 +178,7 @@ def rounds(turns: list[Callable[[], Row]], number: int) -> list[Row]:
         for place in range(len(turns)):
             at = (first + place) % len(turns)
             row = turns[at]()
+            console.print(f"round {first + 1} of {number}: {row.method}, {row.what}, {row.workers} workers: {row.step_s:.3f} s per step")
             rows[at] = rows[at] + row if at in rows else row
     return [rows[at] for at in range(len(turns))]
 
@@ -167,7 +189,9 @@ def show(rows: list[Row]) -> None:
     for each in rows:
         ratio = wanted = ""
         ours, both = by[each.method, "ours", 2], by[each.method, each.what, 2]
-        if each.workers == 1:
+        if each.what == "apart":
+            ratio = f"machine {by[each.method, 'ddp-fused', 1].over(each):.2f}x faster"
+        elif each.workers == 1:
             value = each.over(both)
             ratio = f"2 workers {value:.2f}x faster"
             if each.what == "ours":
@@ -203,7 +227,7 @@ def main() -> None:
                     turns.append(partial(peer, two, "ddp-fused", place))
                 if method == "lora" and "scaling" in parts:
                     one = ordered(method, 1, arguments.steps, settings)
-                    turns += [partial(ours, one), partial(peer, one, "ddp-fused", place)]
+                    turns += [partial(ours, one), partial(peer, one, "ddp-fused", place), partial(apart, one, "ddp-fused", place)]
                 rows += rounds(turns, arguments.rounds)
     show(rows)
     if arguments.json:

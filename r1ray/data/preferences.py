@@ -15,8 +15,10 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from r1ray.data.config import DataConfig, Format
@@ -68,19 +70,27 @@ def read_preferences(config: DataConfig) -> LoadedPairs:
     )
 
 
-def hold_out_pairs(pairs: Sequence[Preference], share: float, *, seed: int = 0) -> tuple[tuple[Preference, ...], tuple[Preference, ...]]:
+def hold_out_pairs(
+    pairs: Sequence[Preference], share: float, *, most: int | None = None, seed: int = 0
+) -> tuple[tuple[Preference, ...], tuple[Preference, ...]]:
     """(training, held-out), each in the given order. Pairs with the same prompt stay on one side, and so do those whose ids share a `stem`.
 
-    `share` of the prompts, or groups of them, at least one where there are two; which ones depends on their text and the seed alone.
+    `share` of the prompts, or groups of them, but no more of them than hold `most` pairs; at least one where there are two. Which ones
+    depends on their text and the seed alone.
     """
     groups = _groups(pairs)
+    sizes = Counter(groups)
     drawn: dict[str, bytes] = {}
     for pair, group in zip(pairs, groups, strict=True):
         drawn[group] = min(drawn.get(group, b"\xff" * 32), _draw(seed, _prompt_key(pair)))
     num_held = round(share * len(drawn))
     if share > 0 and len(drawn) > 1:
         num_held = min(max(num_held, 1), len(drawn) - 1)
-    held = set(sorted(drawn, key=drawn.__getitem__)[:num_held])
+    ordered = sorted(drawn, key=drawn.__getitem__)[:num_held]
+    if most is not None:
+        room = sum(total <= most for total in accumulate(sizes[group] for group in ordered))
+        ordered = ordered[: max(room, 1)]
+    held = set(ordered)
     sides = tuple(zip(pairs, groups, strict=True))
     return tuple(pair for pair, group in sides if group not in held), tuple(pair for pair, group in sides if group in held)
 

@@ -40,6 +40,7 @@ class DpoSettings(Config):
         default=0.0, ge=0, description="Weight of the better answer's own loss per token, against losing its likelihood (arXiv 2404.19733)."
     )
     eval_share: float = Field(default=0.1, ge=0, lt=1, description="Share of prompts held out, by train.seed, to measure before and after.")
+    eval_limit: int = Field(default=400, ge=1, description="No more prompts are held out than have so many pairs, whatever the share.")
 
     @model_validator(mode="after")
     def _smoothing_has_an_effect(self) -> DpoSettings:
@@ -59,6 +60,7 @@ class RewardModelSettings(Config):
         default=0.01, ge=0, description="Weight of the squared sum of a pair's rewards, which keeps them around 0 (arXiv 2312.09244)."
     )
     eval_share: float = Field(default=0.1, ge=0, lt=1, description="Share of prompts held out, by train.seed, to measure before and after.")
+    eval_limit: int = Field(default=400, ge=1, description="No more prompts are held out than have so many pairs, whatever the share.")
 
 
 class GrpoSettings(Config):

@@ -41,10 +41,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairLimits:
-    """Tokens of prompt and answer together, and the share of prompts that is held out, drawn by `seed` (`hold_out_pairs`)."""
+    """Tokens of prompt and answer together; the share of prompts, and the most pairs, held out by `seed` (`hold_out_pairs`)."""
 
     max_length: int
     eval_share: float
+    eval_limit: int
     seed: int
 
 
@@ -133,7 +134,7 @@ class _Encoding:
     def rows(self, loaded: LoadedPairs) -> Iterator[dict[str, Any]]:
         """Of the pairs that fit: those to train on, then those held out."""
         num_shown = 0
-        train, held = hold_out_pairs(loaded.pairs, self._limits.eval_share, seed=self._limits.seed)
+        train, held = hold_out_pairs(loaded.pairs, self._limits.eval_share, most=self._limits.eval_limit, seed=self._limits.seed)
         for pairs, is_held_out in ((train, False), (held, True)):
             for pair in pairs:
                 row = self._row(pair, is_held_out)

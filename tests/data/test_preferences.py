@@ -179,6 +179,15 @@ def test_both_sides_have_a_pair_where_that_is_possible(num_pairs, share, num_hel
     assert len(hold_out_pairs([made(f"q{i}", "a") for i in range(num_pairs)], share)[1]) == num_held
 
 
+@pytest.mark.parametrize(("most", "num_held"), [(400, 20), (20, 20), (19, 18), (7, 6), (1, 2)])
+def test_no_more_are_held_out_than_the_limit_but_one_prompt_always(most, num_held) -> None:
+    pairs = [made(f"q{i % 20}", str(i)) for i in range(40)]
+    train, held = hold_out_pairs(pairs, 0.5, most=most)
+    assert (len(train), len(held)) == (40 - num_held, num_held)
+    whole = {pair.id for pair in hold_out_pairs(pairs, 0.5)[1]}
+    assert {pair.id for pair in held} <= whole, "a lower limit only takes some of them away"
+
+
 def test_a_table_of_labels_is_each_label_against_another_one(tmp_path) -> None:
     labels = ("card_lost", "pin_change", "rate")
     path = write(tmp_path / "rows.jsonl", *({"text": f"question {i}", "category": labels[i % 3]} for i in range(30)))

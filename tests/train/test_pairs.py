@@ -11,7 +11,7 @@ from r1ray.train.pairs import PairLimits, tokenise_pairs
 from r1ray.types import Message, Preference
 
 DATA = DataConfig(path="x", system_prompt="Help.")
-LIMITS = PairLimits(max_length=64, eval_share=0.0, seed=0)
+LIMITS = PairLimits(max_length=64, eval_share=0.0, eval_limit=400, seed=0)
 
 
 def pair(prompt: str, chosen: str, rejected: str, *, reasoning: str | None = None) -> Preference:
@@ -72,7 +72,7 @@ def test_a_pair_that_does_not_fit_is_left_out_with_the_reason(base, tmp_path, ca
 
 def test_held_out_pairs_are_kept_apart_and_the_cache_is_used_again(base, tmp_path) -> None:
     rows = loaded(*[pair(f"question {i}", "better", "worse") for i in range(10)])
-    limits = PairLimits(max_length=64, eval_share=0.3, seed=1)
+    limits = PairLimits(max_length=64, eval_share=0.3, eval_limit=400, seed=1)
     first = tokenise_pairs(rows, base, DATA, limits, tmp_path)
     train, held_out = first.rows()
     assert (len(train), len(held_out), first.num_rows, first.num_held_out) == (7, 3, 7, 3)

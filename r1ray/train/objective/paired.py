@@ -16,6 +16,7 @@ from r1ray.train.pairs import PairLimits, PairSet, tokenise_pairs
 from r1ray.types import Artifact
 
 if TYPE_CHECKING:
+    from r1ray.train.blocks import DpoSettings, RewardModelSettings
     from r1ray.train.config import FinetuneConfig
 
 __all__ = ["Paired"]
@@ -27,12 +28,12 @@ class Paired(Objective):
     def read(self, config: FinetuneConfig) -> LoadedPairs:
         """Their ids say which pairs are held out together: other ids are another run."""
         loaded = read_preferences(config.data)
-        origins = origins_digest(stem_hash(pair.id) for pair in loaded.pairs) if _eval_share(config) else None
+        origins = origins_digest(stem_hash(pair.id) for pair in loaded.pairs) if _own(config).eval_share else None
         return replace(loaded, data_hash=identity(loaded.data_hash, origins))
 
     def prepare(self, rows: LoadedPairs, base: Artifact, config: FinetuneConfig, settings: Settings) -> PairSet:
-        train = config.train
-        limits = PairLimits(max_length=train.max_length, eval_share=_eval_share(config), seed=train.seed)
+        train, own = config.train, _own(config)
+        limits = PairLimits(max_length=train.max_length, eval_share=own.eval_share, eval_limit=own.eval_limit, seed=train.seed)
         return tokenise_pairs(rows, base, config.data, limits, settings.cache)
 
     def closing(self, run_directory: Path, say: Callable[[str], object]) -> dict[str, float]:
@@ -40,5 +41,5 @@ class Paired(Objective):
         return heldout.told(run_directory, say)
 
 
-def _eval_share(config: FinetuneConfig) -> float:
-    return config.train.dpo.eval_share if config.train.objective == "dpo" else config.train.reward.eval_share
+def _own(config: FinetuneConfig) -> DpoSettings | RewardModelSettings:
+    return config.train.dpo if config.train.objective == "dpo" else config.train.reward
